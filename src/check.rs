@@ -16,6 +16,7 @@ use crate::output::hashing::hash_file;
 use crate::recipe::UnknownTensors;
 use crate::report::{Fate, read_report};
 use crate::text::ModelText;
+use crate::verify::Gives;
 use crate::weights::{Entry, StoredType};
 
 /// What was found of a checkpoint.
@@ -76,6 +77,8 @@ pub fn check(path: &Path) -> Result<Checked> {
     faults.extend(source.broken_promise());
     notes.retain(|note| !faults.contains(note));
     faults.extend(plain_of_packed(&source));
+    let gives = families::graph_of(&source).ok().map(|graph| Gives::of(&graph, &source));
+    faults.extend(gives.iter().filter_map(Gives::fault).map(str::to_owned));
     let tokenizer = source.tokenizer();
     if let Ok(Some(files)) = &tokenizer {
         faults.extend(source.faults_of_words(files));

@@ -592,14 +592,7 @@ impl Checkpoint {
         let bound = BOUNDS.iter().any(|end| name.ends_with(end));
         match values.iter().position(|v| if bound { v.is_nan() } else { !v.is_finite() }) {
             None => Ok(()),
-            Some(at) => {
-                let error = formats::Error::malformed(format!(
-                    "value {} at index {} is not a finite number: the weights are broken; fetch or save them again",
-                    values[at],
-                    first_index + at
-                ));
-                Err(self.locate(error, name))
-            }
+            Some(at) => Err(self.locate(not_finite(values[at], first_index + at), name)),
         }
     }
 
@@ -655,6 +648,13 @@ impl Weights for Checkpoint {
     fn gguf(&self) -> Option<&GgufFile> {
         self.gguf()
     }
+}
+
+/// The error of a value that stands in no weight.
+fn not_finite(value: f32, index: usize) -> formats::Error {
+    formats::Error::malformed(format!(
+        "value {value} at index {index} is not a finite number: the weights are broken; fetch or save them again"
+    ))
 }
 
 fn index(entries: &[Entry]) -> HashMap<String, usize> {

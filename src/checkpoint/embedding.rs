@@ -5,8 +5,9 @@ use std::path::Path;
 use formats::SafetensorsFile;
 use serde_json::Value;
 
-use super::Checkpoint;
 use super::sentence::{modules, ways_of};
+use super::{Checkpoint, not_finite};
+use crate::error::{self, Error};
 use crate::json::read_json;
 
 /// The modules behind a model, in their order.
@@ -15,6 +16,8 @@ pub struct Modules {
     steps: Vec<Step>,
     /// The tokens whose logits a text's score is made of: the first less the second, where there is a second.
     pub score: Option<(u32, Option<u32>)>,
+    /// The file that says which.
+    score_file: String,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +29,8 @@ enum Step {
     Normalize,
     /// By mean and variance.
     Norm {
+        /// Its folder.
+        path: String,
         weight: Vec<f32>,
         bias: Vec<f32>,
     },
@@ -34,8 +39,12 @@ enum Step {
 /// A linear and what its results are put through.
 #[derive(Clone, Debug, PartialEq)]
 struct Dense {
+    /// Its folder.
+    path: String,
     weight: Vec<f32>,
     cols: usize,
+    /// What its config.json says of its rows and columns.
+    said: [Option<usize>; 2],
     bias: Option<Vec<f32>>,
     activation: Activation,
 }
@@ -100,9 +109,12 @@ impl Modules {
                 "Dense" => found.steps.push(Step::Dense(dense(&place, &path)?)),
                 "LayerNorm" => {
                     let [weight, bias] = ["norm.weight", "norm.bias"].map(|name| tensor(&place, &path, name));
-                    found.steps.push(Step::Norm { weight: weight?.1, bias: bias?.1 });
+                    found.steps.push(Step::Norm { path, weight: weight?.1, bias: bias?.1 });
                 }
-                "LogitScore" => found.score = Some(score(&path, &settings(&place, &path)?)?),
+                "LogitScore" => {
+                    found.score = Some(score(&path, &settings(&place, &path)?)?);
+                    found.score_file = format!("{path}/config.json");
+                }
                 _ => return Err(format!("modules.json has {path} of the type {kind}, which is not known here")),
             }
         }
@@ -110,6 +122,39 @@ impl Modules {
             return Err("modules.json has a module before the one that pools hidden states".to_owned());
         }
         Ok((!found.steps.is_empty() || found.score.is_some()).then_some(found))
+    }
+
+    /// Fails where they do not fit each other, or a model with hidden states of `width` values and logits for `vocabulary` tokens, as far as these are
+    /// known; and for weights that are no numbers.
+    pub fn check(&self, folder: &Path, width: Option<usize>, vocabulary: Option<usize>) -> error::Result<()> {
+        let mut width = width;
+        for step in &self.steps {
+            match step {
+                Step::Pool(ways) => width = width.map(|width| width * ways.len()),
+                Step::Normalize => {}
+                Step::Dense(dense) => {
+                    dense.check(folder, width.unwrap_or(dense.cols))?;
+                    width = Some(dense.rows());
+                }
+                Step::Norm { path, weight, bias } => {
+                    let width = width.unwrap_or(weight.len());
+                    for (name, values) in [("norm.weight", weight), ("norm.bias", bias)] {
+                        check_tensor(&folder.join(path), name, values, (&[values.len()], &[width]), FROM_BEFORE)?;
+                    }
+                }
+            }
+        }
+        let (Some((yes, no)), Some(vocabulary)) = (self.score, vocabulary) else { return Ok(()) };
+        for (key, id) in [("true_token_id", Some(yes)), ("false_token_id", no)] {
+            if let Some(id) = id.filter(|id| *id as usize >= vocabulary) {
+                return Err(Error::failed(format!(
+                    "{}: {key} is {id}, and the model has logits for {vocabulary} tokens, with ids from 0; take the file that was published with the \
+                     model",
+                    folder.join(&self.score_file).display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Whether an embedding is made.
@@ -124,7 +169,7 @@ impl Modules {
                 let name = |way: &Way| WAYS.iter().find(|(_, known)| known == way).map_or("", |(name, _)| *name);
                 ways.iter().map(name).collect::<Vec<_>>().join(" and ")
             }
-            Step::Dense(dense) => format!("a linear to {}", dense.weight.len() / dense.cols.max(1)),
+            Step::Dense(dense) => format!("a linear to {}", dense.rows()),
             Step::Normalize => "normalized".to_owned(),
             Step::Norm { .. } => "a norm".to_owned(),
         };
@@ -133,14 +178,14 @@ impl Modules {
 
     /// The embedding of a text, of its hidden states behind the last norm, `width` values for each token.
     ///
-    /// Fails, with the reason, where a module takes vectors of another width.
+    /// Fails, with the reason, where a module takes vectors of another width, which [`check`](Modules::check) tells with more words.
     pub fn embed(&self, hidden: &[f32], width: usize) -> Result<Vec<f64>, String> {
         let mut x: Vec<f64> = Vec::new();
         for step in &self.steps {
             x = match step {
                 Step::Pool(ways) => ways.iter().flat_map(|way| way.of(hidden, width)).collect(),
                 Step::Dense(dense) if dense.cols == x.len() => dense.of(&x),
-                Step::Norm { weight, bias } if weight.len() == x.len() && bias.len() == x.len() => {
+                Step::Norm { weight, bias, .. } if weight.len() == x.len() && bias.len() == x.len() => {
                     let count = x.len() as f64;
                     let mean = x.iter().sum::<f64>() / count;
                     let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count;
@@ -187,7 +232,49 @@ impl Way {
     }
 }
 
+/// What a shape follows from that config.json says nothing of.
+const FROM_BEFORE: &str = "what the modules before it make";
+
+/// Fails for a tensor of a module in another shape than follows from `why`, and for values that are no numbers.
+fn check_tensor(
+    place: &Path,
+    name: &str,
+    values: &[f32],
+    (found, expected): (&[usize], &[usize]),
+    why: &str,
+) -> error::Result<()> {
+    let file = place.join("model.safetensors");
+    if found != expected {
+        return Err(Error::failed(format!(
+            "{}: tensor `{name}` has shape {found:?}, and by {why} it would be {expected:?}; take all files of this module as they were published \
+             with the model",
+            file.display()
+        )));
+    }
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => Err(not_finite(values[at], at).in_tensor(name).in_file(file).into()),
+        None => Ok(()),
+    }
+}
+
 impl Dense {
+    fn rows(&self) -> usize {
+        self.weight.len() / self.cols.max(1)
+    }
+
+    /// Fails where it does not take vectors of `width` values, or is not what its config.json says.
+    fn check(&self, folder: &Path, width: usize) -> error::Result<()> {
+        let place = folder.join(&self.path);
+        let shape = [self.rows(), self.cols];
+        let said = [0, 1].map(|at| self.said[at].unwrap_or(shape[at]));
+        check_tensor(&place, "linear.weight", &self.weight, (&shape, &said), &format!("{}/config.json", self.path))?;
+        check_tensor(&place, "linear.weight", &[], (&shape, &[shape[0], width]), FROM_BEFORE)?;
+        match &self.bias {
+            Some(bias) => check_tensor(&place, "linear.bias", bias, (&[bias.len()], &[shape[0]]), "linear.weight"),
+            None => Ok(()),
+        }
+    }
+
     fn of(&self, x: &[f64]) -> Vec<f64> {
         let rows = self.weight.chunks_exact(self.cols.max(1)).enumerate();
         let row = |(row, weight): (usize, &[f32])| {
@@ -203,7 +290,14 @@ impl Activation {
         match self {
             Activation::Identity => x,
             Activation::Tanh => x.tanh(),
-            Activation::Relu => x.max(0.0),
+            // What is no number stays none.
+            Activation::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
             Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Activation::Silu => x / (1.0 + (-x).exp()),
         }
@@ -267,15 +361,14 @@ fn dense(place: &Path, path: &str) -> Result<Dense, String> {
         other => return Err(format!("{path}/config.json: activation_function is {other}, which is not known here")),
     };
     let (shape, weight) = tensor(place, path, "linear.weight")?;
-    let &[rows, cols] = &shape[..] else { return Err(format!("{path}: linear.weight has the shape {shape:?}")) };
+    let &[_, cols] = &shape[..] else { return Err(format!("{path}: linear.weight has the shape {shape:?}")) };
     let bias = match config["bias"].as_bool().unwrap_or(true) {
         true => Some(tensor(place, path, "linear.bias")?.1),
         false => None,
     };
-    if bias.as_ref().is_some_and(|bias| bias.len() != rows) {
-        return Err(format!("{path}: linear.bias does not have the {rows} values that linear.weight has rows"));
-    }
-    Ok(Dense { weight, cols, bias, activation })
+    let size = |key: &str| config[key].as_u64().and_then(|size| usize::try_from(size).ok());
+    let said = [size("out_features"), size("in_features")];
+    Ok(Dense { path: path.to_owned(), weight, cols, said, bias, activation })
 }
 
 /// A tensor of a module's weights.
@@ -291,6 +384,66 @@ fn tensor(place: &Path, path: &str, name: &str) -> Result<(Vec<usize>, Vec<f32>)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_that_do_not_fit_or_are_broken_are_told_with_file_and_tensor() {
+        let dense = |weight: &[f32], cols, said| Dense {
+            path: "2_Dense".to_owned(),
+            weight: weight.to_vec(),
+            cols,
+            said,
+            bias: None,
+            activation: Activation::Relu,
+        };
+        let of =
+            |step: Step| Modules { steps: vec![Step::Pool(vec![Way::Mean, Way::Last]), step], ..Modules::default() };
+        let told = |modules: &Modules| match modules.check(Path::new("m"), Some(1), Some(7)) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        let fits = dense(&[1.0, 2.0], 2, [Some(1), Some(2)]);
+        assert_eq!(told(&of(Step::Dense(fits.clone()))), "");
+        for (step, words) in [
+            (
+                dense(&[1.0, 2.0], 2, [Some(3), None]),
+                "shape [1, 2], and by 2_Dense/config.json it would be [3, 2]; take",
+            ),
+            (
+                dense(&[1.0, 2.0], 1, [None; 2]),
+                "shape [2, 1], and by what the modules before it make it would be [2, 2]; take",
+            ),
+            (dense(&[1.0, f32::NAN], 2, [None; 2]), "value NaN at index 1 is not a finite number"),
+        ] {
+            let told = told(&of(Step::Dense(step)));
+            assert!(
+                told.starts_with("m/2_Dense/model.safetensors: tensor `linear.weight`") && told.contains(words),
+                "{told}"
+            );
+        }
+        let bias = Some(vec![0.0; 2]);
+        assert!(
+            told(&of(Step::Dense(Dense { bias, ..fits })))
+                .contains("`linear.bias` has shape [2], and by linear.weight")
+        );
+        let norm = |weight: Vec<f32>| of(Step::Norm { path: "3_Norm".to_owned(), weight, bias: vec![0.0; 2] });
+        assert_eq!(told(&norm(vec![1.0; 2])), "");
+        assert!(
+            told(&norm(vec![1.0; 3])).starts_with("m/3_Norm/model.safetensors: tensor `norm.weight` has shape [3]")
+        );
+        assert!(told(&norm(vec![f32::INFINITY, 1.0])).contains("value inf at index 0"));
+        let score = |yes, no| Modules {
+            score: Some((yes, no)),
+            score_file: "1_S/config.json".to_owned(),
+            ..Modules::default()
+        };
+        assert_eq!(told(&score(6, Some(0))), "");
+        assert!(
+            told(&score(7, None))
+                .starts_with("m/1_S/config.json: true_token_id is 7, and the model has logits for 7 tokens")
+        );
+        assert!(told(&score(1, Some(9))).contains("false_token_id is 9"));
+        assert!(Activation::Relu.of(f64::NAN).is_nan());
+    }
 
     #[test]
     fn what_modules_say_wrongly_is_told_with_its_file() {
@@ -348,8 +501,8 @@ mod tests {
         let found = modules.embed(&[1.0, 0.0, 3.0, 4.0], 2).unwrap();
         let expected = [2.0, 2.0, 3.0, 4.0].map(|x: f64| x / 33f64.sqrt());
         assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}");
-        let wide = Step::Norm { weight: vec![1.0], bias: vec![0.0] };
-        let wrong = Modules { steps: vec![Step::Pool(vec![Way::Mean]), wide], score: None };
+        let wide = Step::Norm { path: "2_Norm".to_owned(), weight: vec![1.0], bias: vec![0.0] };
+        let wrong = Modules { steps: vec![Step::Pool(vec![Way::Mean]), wide], ..Modules::default() };
         assert!(wrong.embed(&[1.0, 2.0], 2).unwrap_err().contains("another width than 2"));
     }
 }

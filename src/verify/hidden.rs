@@ -27,6 +27,8 @@ pub struct Gives {
     labels: Option<Labels>,
     /// What of the files beside it is not known.
     pub notes: Vec<String>,
+    /// Why nothing can be measured: what it is made of does not fit, or is broken.
+    broken: Option<String>,
 }
 
 impl Gives {
@@ -41,7 +43,17 @@ impl Gives {
         let headless = graph.head.missing;
         let labels = Labels::of(graph, source).filter(|_| headless);
         let embeds = modules.as_ref().is_some_and(Modules::embeds);
-        Gives { predicts: !headless && !embeds, headless, modules, labels, notes }
+        // Of a model whose family is unknown no width is.
+        let (width, logits) = (Some(graph.hidden), Some(graph.vocabulary).filter(|_| !headless));
+        let [width, logits] = [width, logits].map(|count| count.filter(|_| !graph.opaque));
+        let fits = modules.as_ref().map_or(Ok(()), |modules| modules.check(source.path(), width, logits));
+        let broken = fits.err().map(|error| error.to_string());
+        Gives { predicts: !headless && !embeds, headless, modules, labels, notes, broken }
+    }
+
+    /// What is wrong with what makes embeddings or scores, if anything is: nothing can be measured then.
+    pub fn fault(&self) -> Option<&str> {
+        self.broken.as_deref()
     }
 
     /// Whether something else than predictions is to be looked at.
@@ -58,8 +70,11 @@ impl Gives {
         self.modules.as_ref().filter(|modules| modules.embeds())
     }
 
-    /// Fails for limits on what the model at a place does not give: a usage error.
+    /// Fails where what makes embeddings or scores is broken; and for limits on what the model at a place does not give: a usage error.
     pub fn check(&self, limits: &Limits, place: &str) -> Result<()> {
+        if let Some(why) = &self.broken {
+            return Err(Error::failed(why.clone()));
+        }
         let refuse = |why: &str| Err(Error::usage(format!("{place}: {why}")));
         let predicted = limits.max_kld.or(limits.max_ppl_ratio).is_some() || limits.baseline.is_some();
         if !self.predicts && predicted {
@@ -134,7 +149,8 @@ impl Scorer {
         let mut x: Vec<f64> = hidden.iter().map(|x| f64::from(*x)).collect();
         for (index, Scorer { weight, cols, bias }) in all.iter().enumerate() {
             if index > 0 {
-                x.iter_mut().for_each(|x| *x = x.max(0.0));
+                // What is no number stays none.
+                x.iter_mut().filter(|x| **x < 0.0).for_each(|x| *x = 0.0);
             }
             let row = |(row, weight): (usize, &[f32])| {
                 let sum: f64 = weight.iter().zip(&x).map(|(w, x)| f64::from(*w) * x).sum();
@@ -185,8 +201,13 @@ impl Cosines {
     /// Adds that of two vectors. Fails where it is no number.
     fn add<T: Copy + Into<f64>>(&mut self, a: &[T], b: &[T], what: impl FnOnce() -> String) -> Result<()> {
         let dot = |x: &[T], y: &[T]| x.iter().zip(y).map(|(x, y)| (*x).into() * (*y).into()).sum::<f64>();
-        let lengths = dot(a, a) * dot(b, b);
-        let cosine = if lengths > 0.0 { dot(a, b) / lengths.sqrt() } else { 1.0 };
+        let lengths = [dot(a, a), dot(b, b)];
+        let cosine = match lengths {
+            [0.0, 0.0] => 1.0,
+            // One that is gone is not what it was.
+            [0.0, other] | [other, 0.0] if other.is_finite() => 0.0,
+            [a_length, b_length] => dot(a, b) / (a_length * b_length).sqrt(),
+        };
         if !cosine.is_finite() {
             return Err(Error::failed(what()));
         }
@@ -454,6 +475,20 @@ mod tests {
         assert_eq!(ranks(&[5.0, 1.0, 5.0, 7.0]), [1.5, 0.0, 1.5, 3.0]);
         assert_eq!(spearman(&[1.0, 1.0], &[1.0, 2.0]), None);
         assert_eq!(spearman(&[], &[]), None);
+    }
+
+    #[test]
+    fn what_is_no_number_has_no_cosine_and_what_is_gone_none_with_what_was() {
+        let cosine = |a: &[f64], b: &[f64]| {
+            let mut sum = Cosines::default();
+            sum.add(a, b, || "none".to_owned()).map(|()| sum.mean())
+        };
+        assert_eq!(cosine(&[3.0, 4.0], &[6.0, 8.0]).unwrap(), 1.0);
+        assert_eq!(cosine(&[0.0, 0.0], &[0.0, 0.0]).unwrap(), 1.0);
+        assert_eq!([cosine(&[0.0], &[2.0]).unwrap(), cosine(&[2.0], &[0.0]).unwrap()], [0.0; 2]);
+        for (a, b) in [(f64::NAN, f64::NAN), (f64::NAN, 1.0), (1.0, f64::INFINITY), (0.0, f64::NAN)] {
+            assert!(cosine(&[1.0, a], &[1.0, b]).is_err() && cosine(&[b], &[a]).is_err(), "{a}, {b}");
+        }
     }
 
     #[test]

@@ -313,3 +313,49 @@ fn a_model_that_embeds_by_its_files_is_measured_by_that_whatever_its_class_says(
         std::fs::write(room.path("model").join(file), before).unwrap();
     }
 }
+
+/// Writes the values of a tensor of a module's file anew, in another shape.
+fn dense_of(path: &Path, shape: [usize; 2], value: f32) {
+    let data: Vec<u8> = vec![value; shape[0] * shape[1]].iter().flat_map(|value| value.to_le_bytes()).collect();
+    let header =
+        serde_json::json!({"linear.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, data.len()]}});
+    let header = header.to_string();
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data[..]].concat();
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn what_makes_embeddings_and_scores_is_checked_before_the_work() {
+    let room = room("gemma3_embedding");
+    let file = room.path("model/2_Dense/model.safetensors");
+    let quantize = "quantize model -o out --scheme W8A16 --method rtn --group-size 32 --verify-text model/text.txt --verify-windows 16";
+    let eval = format!("eval model {QUICK} --reference model --min-cosine 0.99");
+    let before = std::fs::read(&file).unwrap();
+    for (shape, value, words) in [
+        (
+            [96, 64],
+            f32::NAN,
+            "2_Dense/model.safetensors: tensor `linear.weight`: value NaN at index 0 is not a finite number",
+        ),
+        (
+            [95, 64],
+            0.5,
+            "tensor `linear.weight` has shape [95, 64], and by 2_Dense/config.json it would be [96, 64]; take all files",
+        ),
+    ] {
+        dense_of(&file, shape, value);
+        for command in [quantize, "plan model --method rtn --verify-text model/text.txt", &eval, "check model"] {
+            let run = room.run(command.split_whitespace());
+            let told = format!("{}{}", run.stdout(), run.stderr());
+            assert!(run.code() == Some(1) && told.contains(words), "{command}: {told}");
+        }
+        assert!(!room.path("out").exists());
+    }
+    std::fs::write(&file, before).unwrap();
+    room.run(eval.split_whitespace()).succeeds();
+    let room = crate::heads::room("qwen3_yes_no");
+    let scores = room.path("model/1_LogitScore/config.json");
+    std::fs::write(&scores, r#"{"true_token_id": 99999, "false_token_id": 31}"#).unwrap();
+    let words = "1_LogitScore/config.json: true_token_id is 99999, and the model has logits for";
+    room.run(quantize.split_whitespace()).refuses(1, &[words]);
+}
