@@ -54,6 +54,32 @@ impl Labels {
         Some(Labels { layers, tokens, pad: pad.and_then(|id| u32::try_from(id).ok()), several })
     }
 
+    /// What is wrong with the head of a class of transformers', if anything is: it has to have a row for each label that config.json counts, as wide
+    /// as hidden states.
+    pub fn fault(graph: &Graph, source: &dyn Weights) -> Option<String> {
+        let config = source.config();
+        let class = config.get("architectures")?.get(0)?.as_str()?;
+        if graph.opaque
+            || !["ForSequenceClassification", "ForTokenClassification"].iter().any(|end| class.ends_with(end))
+        {
+            return None;
+        }
+        let named = config.get("id2label").and_then(Value::as_object).map(|labels| ("id2label", labels.len()));
+        let counted = || Some(("num_labels", usize::try_from(config.get("num_labels")?.as_u64()?).ok()?));
+        let (key, labels) = named.or_else(counted)?;
+        let head = |name: &&str| source.entry(&format!("{name}.weight"));
+        let (entry, expected) = (NAMES[..2].iter().find_map(head)?, [labels, graph.hidden]);
+        (entry.shape != expected).then(|| {
+            format!(
+                "{}: tensor `{}` has shape {:?}, and by config.json it would be {expected:?} ({key} has {labels} labels); take the config.json that was \
+                 published with these weights, or mend {key}",
+                source.path().display(),
+                entry.name,
+                entry.shape
+            )
+        })
+    }
+
     /// How many scores there are.
     pub fn count(&self) -> usize {
         self.layers.last().map_or(0, |last| last.rows)

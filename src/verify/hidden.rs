@@ -47,7 +47,7 @@ impl Gives {
         let (width, logits) = (Some(graph.hidden), Some(graph.vocabulary).filter(|_| !headless));
         let [width, logits] = [width, logits].map(|count| count.filter(|_| !graph.opaque));
         let fits = modules.as_ref().map_or(Ok(()), |modules| modules.check(source.path(), width, logits));
-        let broken = fits.err().map(|error| error.to_string());
+        let broken = fits.err().map(|error| error.to_string()).or_else(|| Labels::fault(graph, source));
         Gives { predicts: !headless && !embeds, headless, modules, labels, notes, broken }
     }
 

@@ -359,3 +359,32 @@ fn what_makes_embeddings_and_scores_is_checked_before_the_work() {
     let words = "1_LogitScore/config.json: true_token_id is 99999, and the model has logits for";
     room.run(quantize.split_whitespace()).refuses(1, &[words]);
 }
+
+#[test]
+fn a_head_with_other_labels_than_config_json_counts_is_refused() {
+    let quantize = "quantize model -o out --scheme W8A16 --method rtn --group-size 32 --verify-text";
+    for (name, tensor, labels) in [("qwen3_labels", "score.weight", 77), ("llama_tokens", "score.weight", 2)] {
+        let room = room(name);
+        let place = room.path("model");
+        let shape = Checkpoint::open(&place).unwrap().entry(tensor).expect(tensor).shape.clone();
+        crate::harness::Model::at(&place).config(|config| {
+            let labels: serde_json::Map<_, _> = (0..labels).map(|id| (id.to_string(), "label".into())).collect();
+            config["id2label"] = labels.into();
+        });
+        let words = format!(
+            "model: tensor `{tensor}` has shape {shape:?}, and by config.json it would be [{labels}, {}] (id2label has {labels} labels)",
+            shape[1]
+        );
+        for text in ["none", "model/text.txt"] {
+            room.run(format!("{quantize} {text}").split_whitespace())
+                .refuses(1, &[&words, "published with these weights"]);
+        }
+        assert!(!room.path("out").exists());
+        let check = room.run(["check", "model"]);
+        assert!(
+            check.code() == Some(1) && check.stdout().contains(&words) | check.stderr().contains(&words),
+            "{}",
+            check.stdout()
+        );
+    }
+}
