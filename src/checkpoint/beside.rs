@@ -11,6 +11,7 @@ use formats::container::stand_in::{is_pointer, stand_in};
 use serde_json::Value;
 
 use super::place::{beginning, is_gguf, is_unfinished, list};
+use super::sentence::no_modules;
 use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
 use crate::json::read_json;
@@ -445,6 +446,7 @@ impl Walk<'_> {
                 Ok(Some(json)) if name == "generation_config.json" && !json.is_object() => {
                     self.notes.push(format!("{}: not a JSON object; the file goes along as it is", path.display()));
                 }
+                Ok(Some(json)) if name == "modules.json" => self.notes.extend(no_modules(path, &json)),
                 Ok(_) => {}
             }
         }

@@ -30,6 +30,19 @@ pub(crate) fn modules(folder: &Path) -> Vec<(String, String)> {
     list.iter().filter_map(module).collect()
 }
 
+/// What to say of a modules.json that is valid JSON, and no list of modules.
+pub(super) fn no_modules(path: &Path, found: &Value) -> Option<String> {
+    let is_module = |item: &Value| item["path"].is_string() && item["type"].is_string();
+    let is_list = found.as_array().is_some_and(|list| !list.is_empty() && list.iter().all(is_module));
+    (!is_list).then(|| {
+        format!(
+            "{}: not a list of modules, each with a path and a type: nothing is made of hidden states by it here; the file goes along as it is, and \
+             what reads it will fail or do without; fetch it again, or remove it where the model makes no embeddings",
+            path.display()
+        )
+    })
+}
+
 /// Ways to make an embedding of hidden states that llama.cpp has, and its number of each.
 const POOLINGS: &[(&str, u32)] = &[("mean_tokens", 1), ("mean", 1), ("cls_token", 2), ("cls", 2), ("lasttoken", 3)];
 
@@ -73,7 +86,9 @@ pub fn pooling(folder: &Path) -> Option<u32> {
 
 /// What to say of modules that a GGUF file cannot hold: layers behind the model, and ways to make an embedding that llama.cpp does not have.
 pub fn lost_in_gguf(folder: &Path) -> Vec<String> {
-    let mut notes = Vec::new();
+    let list = folder.join("modules.json");
+    let said = read_json(&list).ok().flatten();
+    let mut notes: Vec<String> = said.and_then(|said| no_modules(&list, &said)).into_iter().collect();
     let ways = ways(folder);
     if !ways.is_empty() && pooling(folder).is_none() {
         notes.push(format!(
@@ -166,6 +181,11 @@ mod tests {
             "{notes:?}"
         );
         write("modules.json", "[");
-        assert_eq!(pooling(&folder), None);
+        assert_eq!((pooling(&folder), lost_in_gguf(&folder).len()), (None, 0));
+        for none in ["{}", "[]", "7", "[{}]", r#"[{"path": "", "type": 3}]"#] {
+            write("modules.json", none);
+            let notes = lost_in_gguf(&folder);
+            assert!(notes.len() == 1 && notes[0].contains("modules.json: not a list of modules"), "{none}: {notes:?}");
+        }
     }
 }

@@ -388,3 +388,20 @@ fn a_head_with_other_labels_than_config_json_counts_is_refused() {
         );
     }
 }
+
+#[test]
+fn a_modules_json_that_is_no_list_is_told() {
+    let room = room("qwen3_lasttoken");
+    room.file("model/modules.json", "{}");
+    for output in ["out", "out.gguf"] {
+        let groups = if output == "out" { "--group-size 32" } else { "--scheme Q8_0" };
+        let words = format!("quantize model -o {output} --method rtn --verify-text none {groups}");
+        let run = room.run(words.split_whitespace());
+        run.succeeds();
+        assert!(
+            run.stderr().contains("modules.json: not a list of modules, each with a path and a type"),
+            "{}",
+            run.stderr()
+        );
+    }
+}
