@@ -264,6 +264,19 @@ fn text_part(config: &Value) -> TextPart {
     TextPart { wrapper, model_type, inner: part.is_some() }
 }
 
+/// What to say of a wrapper of a known type without the settings of its language model.
+fn without_text(config: &Value) -> Option<String> {
+    let TextPart { wrapper, model_type, inner } = text_part(config);
+    let wrapper = wrapper.filter(|_| !inner && family_of(&model_type).is_none())?;
+    let key = TEXT_PARTS[0];
+    let found = config.get(key).map_or("is missing".to_owned(), |found| format!("is {}", shown(found)));
+    Some(format!(
+        "config.json: {key} {found}, and of a `{}` it is an object with the settings of the language model, a `{}`; take the config.json that was \
+         published with the model",
+        wrapper.model_type, wrapper.text.0
+    ))
+}
+
 /// The class that a checkpoint brings along for the model itself, as `modeling_my.MyForCausalLM`.
 fn code_of_its_own(config: &Value) -> Option<&str> {
     let map = config.get("auto_map")?.as_object()?;
@@ -421,6 +434,9 @@ pub fn check_runnable(graph: &Graph, source: &dyn Weights) -> Result<()> {
 /// A model of an unknown family has a graph of linears that cannot be run. Whether the head is the embedding is what
 /// [`tying`] made of config.json and the tensors when the checkpoint was opened.
 pub fn graph_of(source: &dyn Weights) -> Result<Graph> {
+    if let Some(why) = without_text(source.config()) {
+        return Err(Error::Failed(format!("{}/{why}", source.path().display())));
+    }
     if settings(source.config()).is_ok_and(|text| family_of(&text.model_type).is_none() && !text.model_type.is_empty())
     {
         return unknown::graph(source);

@@ -272,3 +272,27 @@ fn tokens_that_runtimes_stumble_over_are_told() {
     let told = quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]).stderr();
     assert!(told.contains("added tokens overlap"), "{told}");
 }
+
+#[test]
+fn a_wrapper_without_the_settings_of_its_language_model_is_told_which_key_it_lacks() {
+    for (text, words) in [
+        (Some(Value::Null), "config.json: text_config is null, and of a `qwen3_5_moe` it is an object"),
+        (Some(json!("x")), "config.json: text_config is \"x\", and"),
+        (None, "config.json: text_config is missing, and"),
+    ] {
+        let (room, folder) = (Room::new(), checkpoint("qwen3_5_moe_vision"));
+        Model::at(folder.path()).config(|config| match text {
+            Some(text) => config["text_config"] = text,
+            None => drop(config.as_object_mut().unwrap().remove("text_config")),
+        });
+        let model = folder.path().to_str().unwrap();
+        let words = [words, "`qwen3_5_moe_text`", "take the config.json that was published with the model"];
+        for more in [&[][..], &RTN[..]] {
+            let args = ["quantize", model, "-o", "out", "--group-size", "32"];
+            room.run(args.iter().chain(more)).refuses(1, &words);
+        }
+        let inspected = room.run(["inspect", model]);
+        inspected.succeeds();
+        assert!(words.iter().all(|word| inspected.stderr().contains(word)), "{}", inspected.stderr());
+    }
+}
