@@ -121,6 +121,40 @@ pub(super) fn head(outer: &str, class: &str, text: &Value) -> Option<String> {
     ))
 }
 
+/// Models of transformers 5.23 with a language model as a part, beside those in [`renames`](super::renames) and those that are wrappers here.
+#[rustfmt::skip]
+const WITH_TEXT: &[&str] = &[
+    "aimv2", "aimv2_text_model", "align", "align_text_model", "altclip_text_model", "blip-2", "blip_text_model",
+    "bridgetower", "bridgetower_text_model", "canary", "chinese_clip_text_model", "clap", "clap_text_model", "clvp",
+    "clvp_encoder", "cohere_compass", "cohere_compass_text", "cosmos3_edge_text", "deepseek_ocr2_text", "dia",
+    "diffusion_gemma", "dots3_note_text", "embedding_gemma2", "emu3_text_model", "ernie4_5_vl_moe_text", "exaone4_5",
+    "fast_vlm", "flava", "flava_text_model", "florence2", "fun_asr_nano", "gemma4_assistant",
+    "gemma4_unified_assistant", "gemma4_unified_vision", "glm46v", "glm4v_moe_text", "glm4v_text", "glm_image",
+    "glm_image_text", "glm_ocr", "glm_ocr_text", "glmga", "granite4_vision", "granite4_vision_text",
+    "granite_docling", "granite_docling_text", "groupvit", "groupvit_text_model", "hunyuan_vl_text", "idefics2",
+    "inkling_text", "instructblip", "instructblipvideo", "janus", "kosmos-2", "kosmos-2.5", "kosmos_2_5_text_model",
+    "kosmos_2_text_model", "lighton_ocr", "minimax_m3_vl_text", "ministral3", "mllama_text_model",
+    "moss_transcribe_diarize", "muse_glimmer", "muse_glimmer_assistant", "muse_spark", "musicgen_decoder",
+    "musicgen_melody_decoder", "omdet-turbo", "ovis2", "owlv2", "owlv2_text_model", "owlvit", "owlvit_text_model",
+    "pe_audio", "pe_audio_video", "pe_video", "perception_lm", "pp_formulanet", "pp_formulanet_text",
+    "qwen2_5_omni_talker", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_asr", "qwen3_omni_moe", "qwen3_vl_moe_text",
+    "qwen3_vl_text", "sam3_lite_text", "step3p5", "unlimited_ocr_text", "vibevoice", "video_llama_3", "videoprism",
+    "videoprism_text_model", "xclip", "xclip_text_model",
+    // Of vLLM's, with code of their own in transformers.
+    "internvl_chat", "h2ovl_chat", "NVLM_D", "minicpmv", "minicpmo", "phi3_v", "deepseek_vl_v2", "kimi_vl", "keye", "molmo",
+];
+
+/// What to say of a model `outer` around a language model of this class, where no runtime is known to have such a one.
+pub(super) fn unknown_outside(outer: &str, class: &str) -> Option<String> {
+    let known = super::is_wrapper(outer) || super::renames::has(outer) || WITH_TEXT.contains(&outer);
+    (!known).then(|| {
+        format!(
+            "config.json: model_type is `{outer}`, and no runtime is known to have models of that type: the language model inside, a `{class}`, is \
+             known and run; where the type is wrong, take the config.json that was published with the model"
+        )
+    })
+}
+
 /// A note on settings of rotary positions that name two types, of which the newer key's is taken.
 pub(super) fn two_types(own: &Map<String, Value>) -> Option<String> {
     // Qwen2-VL's are written with both, and so was the first LongRoPE.

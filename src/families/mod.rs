@@ -264,6 +264,21 @@ fn text_part(config: &Value) -> TextPart {
     TextPart { wrapper, model_type, inner: part.is_some() }
 }
 
+/// Whether a model of this type sees or hears beside a language model that is known here.
+fn is_wrapper(model_type: &str) -> bool {
+    WRAPPERS.iter().any(|wrapper| wrapper.model_type == model_type)
+}
+
+/// What to say of a config.json whose type no runtime is known to have, around a language model of a known family.
+pub fn unknown_outside(config: &Value) -> Option<String> {
+    let TextPart { model_type, inner, .. } = text_part(config);
+    let outer = type_of(config).filter(|_| inner && family_of(&model_type).is_some())?;
+    if code_of_its_own(config).is_some() {
+        return None;
+    }
+    guesses::unknown_outside(outer, &model_type)
+}
+
 /// What to say of a wrapper of a known type without the settings of its language model.
 fn without_text(config: &Value) -> Option<String> {
     let TextPart { wrapper, model_type, inner } = text_part(config);
@@ -329,6 +344,7 @@ pub fn settings(config: &Value) -> Result<Settings> {
     };
     if let Some(outer) = type_of(config).filter(|_| part.is_some()) {
         settings.notes.extend(guesses::head(outer, &settings.model_type, &settings.values));
+        settings.notes.extend(unknown_outside(config));
     }
     // Ids of tokens are looked for above first.
     let ids = part.and(config.as_object()).into_iter().flatten();

@@ -15,6 +15,11 @@ use super::{settings, type_of};
 static TABLE: LazyLock<HashMap<String, Vec<Told>>> =
     LazyLock::new(|| serde_json::from_str(include_str!("renames.json")).expect("a committed file"));
 
+/// Whether transformers renames what it loads of a model of this type.
+pub(super) fn has(model_type: &str) -> bool {
+    TABLE.contains_key(model_type)
+}
+
 /// How one class of a model type is loaded, as the table has it.
 #[derive(Deserialize)]
 struct Told {

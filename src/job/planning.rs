@@ -241,6 +241,9 @@ fn serving<B: Backend>(
     }
     let held = Held { graph, format: &recipe.format, desc_act: recipe.desc_act, encodings };
     let mut findings = asked.runtime.map_or(Vec::new(), |runtime| lint(&held, runtime, asked.gpu));
+    // What reads GGUF goes by the architecture in the file.
+    let unknown = asked.runtime.filter(|_| !gguf).and_then(|_| families::unknown_outside(source.config()));
+    findings.extend(unknown.map(|text| crate::serving::Finding { refused: true, text }));
     let parallel = asked.tensor_parallel.max(1);
     let divides = asked.runtime.filter(|runtime| matches!(runtime, Runtime::Vllm | Runtime::Sglang));
     let splits = divides.map(|runtime| splits(&held, runtime, parallel));

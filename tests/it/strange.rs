@@ -296,3 +296,40 @@ fn a_wrapper_without_the_settings_of_its_language_model_is_told_which_key_it_lac
         assert!(words.iter().all(|word| inspected.stderr().contains(word)), "{}", inspected.stderr());
     }
 }
+
+#[test]
+fn a_wrapper_that_no_runtime_has_is_told() {
+    const WORDS: &str = "model_type is `nonsense`, and no runtime is known to have models of that type: the language model inside, a `qwen3_5_moe_text`";
+    let (room, folder) = (Room::new(), checkpoint("qwen3_5_moe_vision"));
+    let model = folder.path().to_str().unwrap();
+    let plan = |runtime: &str| {
+        let run = room.run(["plan", model, "--group-size", "32", "--for", runtime].iter().chain(&RTN));
+        run.succeeds();
+        run
+    };
+    assert!(!plan("vllm").stdout().contains("no runtime is known"));
+    Model::at(folder.path()).config(|config| config["model_type"] = json!("nonsense"));
+    for run in [
+        room.run(["inspect", model]),
+        plan("vllm"),
+        room.run(["quantize", model, "-o", "out", "--group-size", "32"].iter().chain(&RTN)),
+    ] {
+        assert!(run.stderr().contains(WORDS), "{}", run.stderr());
+    }
+    for runtime in ["vllm", "transformers"] {
+        let told = plan(runtime).stdout();
+        assert!(told.contains(&format!("refused: config.json: {WORDS}")), "{told}");
+    }
+    // Those that runtimes have, and those with code of their own, are not doubted.
+    for change in [
+        |config: &mut Value| config["model_type"] = json!("aya_vision"),
+        |config: &mut Value| {
+            config["model_type"] = json!("nonsense");
+            config["auto_map"] = json!({"AutoModel": "modeling_own.Own"});
+        },
+    ] {
+        Model::at(folder.path()).config(change);
+        let run = room.run(["inspect", model]);
+        assert!(!run.stderr().contains("no runtime is known"), "{}", run.stderr());
+    }
+}
