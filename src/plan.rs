@@ -72,6 +72,7 @@ impl Plan {
         let mut others = other_linears(graph, source, &strays, codec.goes_by_class())?;
         for module in &others {
             recipe.encoding_of(module, &mut patterns)?;
+            patterns.stays(module, true);
         }
         let model_dtype = source.dtype();
         let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
@@ -104,6 +105,12 @@ impl Plan {
         config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
         config.notes.extend(of_towers);
+        // A head that is the embedding has its codes.
+        let tied = graph.head.tied && !chosen.ends.is_empty();
+        let packed = |module: &str| {
+            chosen.modules.iter().any(|(own, _)| own == module) || tied && module == graph.head.linear.module
+        };
+        config.notes.extend(chosen.patterns.without_effect(packed));
         config.notes.extend(absent.as_ref().map(Absent::note));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -141,6 +148,8 @@ struct Chosen {
     ends: Vec<End>,
     /// Ends that stay as they are in a layout that could hold their codes.
     plain_ends: Vec<String>,
+    /// The recipe's, each with what came of it.
+    patterns: Patterns,
 }
 
 impl Chosen {
@@ -155,6 +164,7 @@ impl Chosen {
         mut patterns: Patterns,
     ) -> Result<Chosen> {
         let of_head = recipe.encoding_of(&graph.head.linear.module, &mut patterns)?;
+        patterns.stays(&graph.head.linear.module, true);
         let mut encodings = HashMap::new();
         let mut modules = Vec::new();
         let mut unquantized = Vec::new();
@@ -164,6 +174,10 @@ impl Chosen {
             // What makes the stream of a layer that predicts further tokens has no codes in vLLM and SGLang.
             let whole = graph.joins(linear) || left.contains(&*linear.module);
             let asked = recipe.encoding_of(&linear.module, &mut patterns)?.filter(|_| !whole);
+            match asked {
+                Some(_) => patterns.taken(),
+                None => patterns.stays(&linear.module, false),
+            }
             match asked {
                 None => unquantized.push(linear.module.clone()),
                 Some(encoding) => {
@@ -208,7 +222,7 @@ impl Chosen {
             };
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
-        Ok(Chosen { encodings, modules, unquantized, ends, plain_ends })
+        Ok(Chosen { encodings, modules, unquantized, ends, plain_ends, patterns })
     }
 
     /// Adds the linears of what sees or hears, where the recipe wants them quantized. Returns what there is to say of it.
@@ -459,6 +473,9 @@ fn ends_of(
             Said::Nothing if of_both => of_head,
             _ => recipe.encoding_of(module, patterns)?,
         };
+        if asked.is_some() {
+            patterns.taken();
+        }
         ends.push((module.to_owned(), [graph.vocabulary, graph.hidden], asked));
     }
     let head = &graph.head.linear;

@@ -453,17 +453,18 @@ impl Recipe {
             }
         }
         let mut first = None;
-        for ((pattern, hits), change_to) in patterns.overrides.iter_mut().zip(&self.overrides) {
+        for (index, (pattern, hits)) in patterns.overrides.iter_mut().enumerate() {
             if pattern.matches(module) {
                 *hits += 1;
-                first = first.or(Some(change_to));
+                first = first.or(Some(index));
             }
         }
-        match first {
-            _ if ignored => Said::Ignored,
-            Some(change_to) if change_to.ignore => Said::Ignored,
-            Some(change_to) => Said::Otherwise(change_to),
-            None => Said::Nothing,
+        let followed = first.filter(|index| !ignored && !self.overrides[*index].ignore);
+        patterns.choose(followed);
+        match (followed, first) {
+            (Some(index), _) => Said::Otherwise(&self.overrides[index]),
+            (None, None) if !ignored => Said::Nothing,
+            _ => Said::Ignored,
         }
     }
 
@@ -481,11 +482,9 @@ impl Recipe {
 
     /// The recipe's patterns, ready to match. Fails on a bad regular expression.
     pub fn patterns(&self) -> Result<Patterns> {
-        let ready = |text: &String| Ok((Pattern::new(text)?, 0));
-        Ok(Patterns {
-            ignore: self.ignore.iter().map(ready).collect::<Result<_>>()?,
-            overrides: self.overrides.iter().map(|o| ready(&o.pattern)).collect::<Result<_>>()?,
-        })
+        let ignore = self.ignore.iter().map(|text| Pattern::new(text)).collect::<Result<_>>()?;
+        let overrides = self.overrides.iter().map(|o| Pattern::new(&o.pattern)).collect::<Result<_>>()?;
+        Ok(Patterns::new(ignore, overrides))
     }
 }
 

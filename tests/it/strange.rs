@@ -333,3 +333,29 @@ fn a_wrapper_that_no_runtime_has_is_told() {
         assert!(!run.stderr().contains("no runtime is known"), "{}", run.stderr());
     }
 }
+
+#[test]
+fn overrides_of_what_stays_whole_are_told() {
+    let (room, folder) = (Room::new(), checkpoint("kimi_linear_published"));
+    let plan = |pattern: &str| {
+        room.file("recipe.toml", format!("[[override]]\nmatch = '{pattern}'\nbits = 8\n"));
+        let model = folder.path().to_str().unwrap();
+        let run = room.run(["plan", model, "--group-size", "32", "--recipe", "recipe.toml"].iter().chain(&RTN));
+        run.succeeds();
+        run.stderr()
+    };
+    let whole = plan("re:model.layers.0.self_attn.q_proj");
+    assert!(
+        whole.contains("the override `re:model.layers.0.self_attn.q_proj` has no effect on linears as `model.layers.0.self_attn.q_proj` (1 in all): they stay as they are, because vLLM"),
+        "{whole}"
+    );
+    let some = plan("re:.*self_attn.*q_proj");
+    assert!(some.contains("has no effect on linears as") && some.contains("(3 in all)"), "{some}");
+    let outside = plan("lm_head");
+    assert!(
+        outside.contains("`lm_head` has no effect on linears as `lm_head` (1 in all): they are no linears of"),
+        "{outside}"
+    );
+    let taken = plan("re:.*self_attn.o_proj");
+    assert!(!taken.contains("has no effect on linears"), "{taken}");
+}
