@@ -199,10 +199,13 @@ pub(super) fn adopt(graph: &mut Graph, source: &dyn Weights) {
         let ends = |name: &str| name == leaf || name.strip_suffix(leaf).is_some_and(|rest| rest.ends_with('.'));
         let found = source.entries().iter().map(|entry| &entry.name[..]).filter(|name| ends(name));
         // A vision tower may have embeddings as well; the language model says what it is.
-        let Some(found) = found.max_by_key(|name| (name.contains("language_model"), name.contains("text"))) else {
-            return;
-        };
-        let own = &found[..found.len() - leaf.len()];
+        let found = found.max_by_key(|name| (name.contains("language_model"), name.contains("text")));
+        // Where it is missing, its layers say what it would be called.
+        let own =
+            match found.map(|name| &name[..name.len() - leaf.len()]).or_else(|| before_layers(graph, prefix, source)) {
+                Some(own) => own,
+                None => return,
+            };
         let head = graph.head.linear.module.clone();
         let head = match source.entry(&graph.head.linear.weight()).is_some() {
             true => head,
@@ -225,6 +228,16 @@ pub(super) fn adopt(graph: &mut Graph, source: &dyn Weights) {
         let own = own.to_owned();
         set_aside(graph, source, &[&own, &head]);
     }
+}
+
+/// What the names of the first layer of a language model inside another begin with in a file; `usual` is what they begin with by themselves.
+fn before_layers<'s>(graph: &Graph, usual: &str, source: &'s dyn Weights) -> Option<&'s str> {
+    let layer = graph.blocks.first()?.name.strip_prefix(usual)?;
+    let of = |name: &'s str| {
+        let at = name.find(&format!("{layer}."))?;
+        Some(&name[..at + 1]).filter(|own| own.contains("language_model"))
+    };
+    source.entries().iter().find_map(|entry| of(&entry.name))
 }
 
 /// Leaves aside whatever has a name that begins with none of these, and is not the family's.

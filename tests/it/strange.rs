@@ -359,3 +359,13 @@ fn overrides_of_what_stays_whole_are_told() {
     let taken = plan("re:.*self_attn.o_proj");
     assert!(!taken.contains("has no effect on linears"), "{taken}");
 }
+
+#[test]
+fn a_missing_embedding_has_the_name_that_its_file_would_give_it() {
+    let (room, folder) = (Room::new(), checkpoint("qwen3_5_moe_vision"));
+    Model::at(folder.path())
+        .weights(|header, _| drop(header.remove("model.language_model.embed_tokens.weight").unwrap()));
+    let args = ["quantize", folder.path().to_str().unwrap(), "-o", "out", "--group-size", "32"];
+    room.run(args.iter().chain(&RTN))
+        .refuses(1, &["tensor `model.language_model.embed_tokens.weight` is missing", "download the weights again"]);
+}
