@@ -10,7 +10,6 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::json::read_json;
 
 /// The file of settings.
 pub(crate) const CONFIG: &str = "tokenizer_config.json";
@@ -123,7 +122,7 @@ pub(crate) type Flaw = (&'static str, String);
 impl Sources {
     /// `model_type` is what config.json calls the model.
     pub fn read(folder: &Path, model_type: Option<&str>) -> Result<Sources> {
-        let json_of = |name: &str| match read_json(&folder.join(name))? {
+        let json_of = |name: &str| match super::read_words(&folder.join(name))? {
             None => Ok(Value::Null),
             Some(json) if json.is_object() => Ok(json),
             Some(_) => Err(Error::failed(format!(

@@ -14,7 +14,6 @@ use super::classes;
 use super::ranked::Found;
 use super::sentencepiece::around;
 use crate::error::{Error, Result};
-use crate::json::read_json;
 
 /// The vocabulary.
 const FILE: &str = "vocab.json";
@@ -36,7 +35,7 @@ pub(super) fn tokenizer(folder: &Path, settings: &Sources) -> Result<Option<Foun
     }
     let Some(rules) = classes::rules(settings) else { return Ok(None) };
     let Some((_, names)) = CLASSES.iter().find(|(class, _)| *class == rules.class) else { return Ok(None) };
-    let Some(vocabulary) = read_json(&folder.join(FILE))? else { return Ok(None) };
+    let Some(vocabulary) = super::read_words(&folder.join(FILE))? else { return Ok(None) };
     let merges = file::read_text(&path, file::DESCRIPTION).map_err(Error::io(&path, "read"))?;
     let merges = parts(&merges).map_err(|why| Error::failed(format!("{}: {why}", path.display())))?;
     let last = last(&vocabulary).map_err(|why| Error::failed(format!("{}: {why}", folder.join(FILE).display())))?;

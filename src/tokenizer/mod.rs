@@ -109,6 +109,14 @@ pub(crate) struct Own {
     named: Vec<(&'static str, String)>,
 }
 
+/// Reads a file of a tokenizer, or `None` where there is none. Fails for what is no JSON, with what to do.
+fn read_words(path: &Path) -> Result<Option<Value>> {
+    read_json(path).map_err(|error| match error {
+        Error::Failed(why) if why.contains("not valid JSON") => Error::Failed(format!("{why}; fetch the file again")),
+        other => other,
+    })
+}
+
 impl TokenizerFiles {
     /// Reads a folder: tokenizer.json or, without it, tokenizer.model, tekken.json, a list for tiktoken or vocab.json with merges.txt, and what lies beside.
     ///
@@ -122,7 +130,7 @@ impl TokenizerFiles {
             .map_err(|why| Error::failed(format!("{}: {why}; name the files that are there", folder.display())))?;
         let (mut told, mut read, mut own) = (Vec::new(), None, Own::default());
         if let Some(name) = versioned {
-            read = read_json(&folder.join(&name))?;
+            read = read_words(&folder.join(&name))?;
             told.push(match read {
                 Some(_) => format!(
                     "{name} is read, as by transformers, and not {FILE}: so {} says in fast_tokenizer_files",
@@ -138,7 +146,7 @@ impl TokenizerFiles {
             }
         }
         let json = match read {
-            None => read_json(&folder.join(FILE))?,
+            None => read_words(&folder.join(FILE))?,
             read => read,
         };
         let json = match json {
@@ -158,6 +166,13 @@ impl TokenizerFiles {
             files.notices.splice(0..0, found.notes);
             return Ok(Some(files));
         };
+        if json.is_object() && !json["model"].is_object() {
+            let file = folder.join(sources.file.as_deref().unwrap_or(FILE));
+            return Err(Error::failed(format!(
+                "{}: has no object `model`, which holds the vocabulary, and no tokenizer loads with it; fetch the file again",
+                file.display()
+            )));
+        }
         // A list that is not as it has to be is left to the library, which says what is wrong.
         let stated = match added::of_json(&json) {
             Some(listed) if json.is_object() => {

@@ -11,7 +11,6 @@ use super::added::Sources;
 use super::ranked::{Found, MOST_SPECIAL, Ranks, Setup};
 use super::sentencepiece::around;
 use crate::error::{Error, Result};
-use crate::json::read_json;
 
 /// The file that is read here.
 const FILE: &str = "tekken.json";
@@ -49,7 +48,7 @@ const NAMED: [(&str, &str); 4] = [("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk
 /// The tokenizer of a folder with this file; `None` without it.
 pub(super) fn tokenizer(folder: &Path, settings: &Sources) -> Result<Option<Found>> {
     let path = folder.join(FILE);
-    let Some(json) = read_json(&path)? else { return Ok(None) };
+    let Some(json) = super::read_words(&path)? else { return Ok(None) };
     converted(&json, settings).map(Some).map_err(|why| Error::failed(format!("{}: {why}", path.display())))
 }
 

@@ -7,7 +7,6 @@ use serde_json::Value;
 
 use super::TextError;
 use crate::error::{Error, Result};
-use crate::json::read_json;
 use crate::tokenizer::added::CONFIG;
 
 /// The folder of templates beside the default one.
@@ -55,7 +54,7 @@ impl Templates {
             of_config.default.into_iter().for_each(|text| found.add(DEFAULT.to_owned(), text, CONFIG));
         }
         if found.default.is_none()
-            && let Some(json) = read_json(&folder.join(PROCESSOR_FILE))?
+            && let Some(json) = super::read_words(&folder.join(PROCESSOR_FILE))?
         {
             let processor = Templates::of_value(&json["chat_template"], PROCESSOR_FILE);
             found.notices.extend(processor.notices);

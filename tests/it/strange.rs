@@ -369,3 +369,30 @@ fn a_missing_embedding_has_the_name_that_its_file_would_give_it() {
     room.run(args.iter().chain(&RTN))
         .refuses(1, &["tensor `model.language_model.embed_tokens.weight` is missing", "download the weights again"]);
 }
+
+#[test]
+fn a_broken_file_of_the_tokenizer_is_to_be_fetched_again_whatever_is_written() {
+    let room = Room::new();
+    let model = room.model();
+    for (file, content, words) in [
+        ("tokenizer.json", "{\"model\": ", "tokenizer.json: not valid JSON"),
+        ("tokenizer_config.json", "{\"eos_token\": ", "tokenizer_config.json: not valid JSON"),
+        ("tokenizer.json", "{}", "tokenizer.json: has no object `model`, which holds the vocabulary"),
+    ] {
+        let before = std::fs::read(model.path(file)).ok();
+        std::fs::write(model.path(file), content).unwrap();
+        for more in [&["-o", "out.gguf"][..], &["-o", "out", "--group-size", "64"]] {
+            let run = room.run(["quantize", "model"].iter().chain(more));
+            run.refuses(1, &[words, "fetch the file again"]);
+            assert_eq!(run.stderr().matches("fetch the file again").count(), 1, "{}", run.stderr());
+        }
+        match before {
+            Some(before) => std::fs::write(model.path(file), before).unwrap(),
+            None => std::fs::remove_file(model.path(file)).unwrap(),
+        }
+    }
+    std::fs::remove_file(model.path("tokenizer.json")).unwrap();
+    std::fs::write(model.path("tekken.json"), "{\"config\": ").unwrap();
+    room.run(["quantize", "model", "-o", "out.gguf"])
+        .refuses(1, &["tekken.json: not valid JSON", "fetch the file again"]);
+}
