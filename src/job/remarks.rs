@@ -116,20 +116,25 @@ impl Remarks {
     }
 }
 
-/// A grid of integers on which the weights of a model lie already, as quantization-aware training leaves them: told by the first rows of
+/// A grid of integers on which most weights of a model lie already, as quantization-aware training leaves them: told by the first rows of
 /// some of its linears.
 struct TrainedGrid {
     scheme: Scheme,
-    /// What was looked at, each with its first row `[1, in]`.
+    /// What was looked at and lies on it, each with its first row `[1, in]`.
     rows: Vec<(Linear, Array2<f32>)>,
+    /// Whether all that was looked at does.
+    all: bool,
 }
 
+/// Linears that are looked at.
+const LOOKED_AT: usize = 8;
+
 impl TrainedGrid {
-    /// The one with the fewest bits, in the widest groups; `None` where any of the rows lies on none.
+    /// The one on which most rows lie; of several the one with the fewest bits, in the widest groups. `None` where no grid has more than half of them.
     fn of(graph: &Graph, source: &Checkpoint) -> Option<TrainedGrid> {
         let plain: Vec<_> = graph.linears().filter(|linear| linear.stored == Stored::Plain).collect();
         let mut rows = Vec::new();
-        for linear in plain.iter().step_by(plain.len().div_ceil(4).max(1)) {
+        for linear in plain.iter().step_by(plain.len().div_ceil(LOOKED_AT).max(1)) {
             let mut row = vec![0.0; linear.cols];
             source.load_rows(&linear.weight(), &[0], &mut row).ok()?;
             // A row of zeros lies on every grid.
@@ -143,11 +148,21 @@ impl TrainedGrid {
         let schemes = groups.flat_map(|group| {
             [2, 3, 4].into_iter().flat_map(move |bits| [true, false].map(|symmetric| Scheme { bits, group, symmetric }))
         });
-        let mut schemes = schemes.filter(|scheme| {
-            let encoding = scheme.encoding(Float::F32, 0);
-            rows.iter().all(|(_, row)| recover(row.view(), &GridSpec::of(encoding, row.ncols())).is_some())
-        });
-        schemes.next().map(|scheme| TrainedGrid { scheme, rows })
+        let lies = |row: &Array2<f32>, scheme: &Scheme| {
+            recover(row.view(), &GridSpec::of(scheme.encoding(Float::F32, 0), row.ncols())).is_some()
+        };
+        let mut best: Option<(Scheme, Vec<bool>)> = None;
+        let count = |found: &[bool]| found.iter().filter(|lies| **lies).count();
+        for scheme in schemes {
+            let found: Vec<bool> = rows.iter().map(|(_, row)| lies(row, &scheme)).collect();
+            if best.as_ref().is_none_or(|(_, other)| count(&found) > count(other)) {
+                best = Some((scheme, found));
+            }
+        }
+        let (scheme, found) = best.filter(|(_, found)| 2 * count(found) > found.len())?;
+        let all = count(&found) == rows.len();
+        let rows = rows.into_iter().zip(found).filter_map(|(row, lies)| lies.then_some(row)).collect();
+        Some(TrainedGrid { scheme, rows, all })
     }
 
     /// What there is to say where a target cannot hold it.
@@ -165,8 +180,9 @@ impl TrainedGrid {
         let Scheme { bits, group, symmetric } = self.scheme;
         let groups = group.map_or("whole rows".to_owned(), |group| format!("groups of {group}"));
         let zeros = if symmetric { "" } else { ", with zeros," };
+        let most = if self.all { "the weights" } else { "most of the weights" };
         Some(format!(
-            "the weights lie on a grid of {bits} bits in {groups}{zeros} already, as after quantization-aware training, and this output \
+            "{most} lie on a grid of {bits} bits in {groups}{zeros} already, as after quantization-aware training, and this output \
              cannot hold them as they are: a scheme of {bits} bits in such groups loses nothing of them"
         ))
     }

@@ -33,8 +33,19 @@ fn trained(room: &Path) -> PathBuf {
     plain
 }
 
+/// Moves the first weight of a linear off the grid.
+fn disturb(model: &Path, tensor: &str) {
+    let file = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let at = 8 + length + header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..at + 2].copy_from_slice(&((0.012_345f32.to_bits() >> 16) as u16).to_le_bytes());
+    std::fs::write(file, bytes).unwrap();
+}
+
 fn advised(report: &Report) -> bool {
-    report.notes.iter().any(|note| note.contains("the weights lie on a grid of 4 bits in groups of 32"))
+    report.notes.iter().any(|note| note.contains("weights lie on a grid of 4 bits in groups of 32"))
 }
 
 #[test]
@@ -96,4 +107,20 @@ fn a_grid_that_the_output_cannot_hold_is_told() {
         "scheme = 'W4A16'\ngroup_size = 32\nmethod = 'rtn'",
     );
     assert!(!advised(&report) && report.linears.iter().all(|l| l.recovered.is_none()), "{:?}", report.notes);
+}
+
+#[test]
+fn one_weight_beside_the_grid_hides_none_of_the_others() {
+    let room = tempfile::tempdir().unwrap();
+    let model = trained(room.path());
+    disturb(&model, "model.layers.0.self_attn.q_proj.weight");
+    let held = run(&model, &room.path().join("held"), "scheme = 'W4A16'\ngroup_size = 32\nmethod = 'rtn'");
+    assert_eq!(held.linears.iter().filter(|l| l.recovered.is_some()).count(), 27);
+    assert!(!advised(&held), "{:?}", held.notes);
+    let lost = run(&model, &room.path().join("lost"), "scheme = 'W8A8'\nmethod = 'rtn'");
+    assert!(
+        advised(&lost) && lost.notes.iter().any(|note| note.starts_with("most of the weights lie")),
+        "{:?}",
+        lost.notes
+    );
 }
