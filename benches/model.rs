@@ -1,7 +1,8 @@
-//! Whole passes: a decoder block, GPTQ of a model of one block, and evaluation of the built-in model.
+//! Whole passes: a decoder block, layers with a state beside attention, GPTQ of a model of one block, and evaluation of
+//! the built-in model.
 //!
 //! Block and GPTQ are of SmolLM2-135M's shape with random weights; elements are the floating-point operations that
-//! cannot be avoided, as in README.md. Elements of the evaluation are tokens.
+//! cannot be avoided, as in README.md. Elements of the layers and of the evaluation are tokens.
 
 mod common;
 
@@ -24,7 +25,7 @@ use quantc::targets::target;
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::evaluate;
 use quantc::{Checkpoint, demo, families};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use common::{Criterion, measure, noise};
@@ -39,25 +40,31 @@ struct Model {
 }
 
 impl Model {
-    fn new() -> Model {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let config = json!({
+    fn llama() -> Model {
+        Model::new(json!({
             "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
             "num_key_value_heads": 3, "num_hidden_layers": 1, "vocab_size": 1024, "tie_word_embeddings": true,
             "rope_theta": 100_000.0, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"
-        });
+        }))
+    }
+
+    fn new(config: Value) -> Model {
+        let folder = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
-        let graph = families::build(&config).expect("a Llama");
+        let graph = families::build(&config).expect("a known family");
         write_random(&graph, folder.path()).expect("written");
         let source = Checkpoint::open(folder.path()).expect("a checkpoint");
         Model { folder, graph, source }
     }
 
     fn sequences(&self, count: usize) -> Vec<Vec<u32>> {
+        self.sequences_of(count, SEQ_LEN)
+    }
+
+    fn sequences_of(&self, count: usize, length: usize) -> Vec<Vec<u32>> {
         let size = self.graph.vocabulary as f32;
-        let ids: Vec<u32> =
-            noise(count * SEQ_LEN, 7).iter().map(|x| (x.abs() * 200.0).min(size - 1.0) as u32).collect();
-        ids.chunks_exact(SEQ_LEN).map(<[u32]>::to_vec).collect()
+        let ids: Vec<u32> = noise(count * length, 7).iter().map(|x| (x.abs() * 200.0).min(size - 1.0) as u32).collect();
+        ids.chunks_exact(length).map(<[u32]>::to_vec).collect()
     }
 
     /// Multiplications and additions of the block's linears for each token, without those that `counts` leaves out, and
@@ -118,7 +125,7 @@ impl Supply<Cpu> for Ready {
 }
 
 fn block(c: &mut Criterion) {
-    let model = Model::new();
+    let model = Model::llama();
     let sequences = model.sequences(8);
     let mut group = c.benchmark_group("block forward");
     group.sample_size(10).throughput(Throughput::Elements(model.forward_flops(8, |_| true) as u64));
@@ -137,12 +144,88 @@ fn block(c: &mut Criterion) {
     }
 }
 
+/// What the kinds of layers take that mix tokens otherwise than by attention, each beside the attention of its own
+/// family in a block of the same width, 1024, with the proportions of published models. The feed-forward layer is as
+/// narrow as it can be, so that it hardly counts. Tokens are 4096 in any case: a layer that is linear in them takes as
+/// long for 1 x 4096 as for 8 x 512.
+fn layers(c: &mut Criterion) {
+    let common = json!({
+        "hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 1024,
+        "tie_word_embeddings": true, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"
+    });
+    let qwen = json!({
+        "model_type": "qwen3_5_text", "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256,
+        "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_num_value_heads": 16,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4
+    });
+    let granite = json!({
+        "model_type": "granitemoehybrid", "num_attention_heads": 16, "num_key_value_heads": 4, "num_local_experts": 0,
+        "shared_intermediate_size": 64, "mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 128,
+        "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_expand": 2
+    });
+    let kimi = json!({
+        "model_type": "kimi_linear", "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": null,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_experts": 8,
+        "linear_num_heads": 8, "linear_head_dim": 128, "linear_conv_kernel_dim": 4, "mlp_layer_types": ["dense"]
+    });
+    let lfm = json!({
+        "model_type": "lfm2", "num_attention_heads": 16, "num_key_value_heads": 8, "conv_L_cache": 3,
+        "block_ff_dim": 64, "block_auto_adjust_ff_dim": false
+    });
+    let deepseek = json!({
+        "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 384, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 1,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+        "index_n_heads": 8, "index_head_dim": 128, "index_topk": 256
+    });
+    let of = |kind: &str| json!({ "layer_types": [kind] });
+    let named = |name: &str| json!({ "model_type": name });
+    let kinds = [
+        ("Qwen3.5, attention", &qwen, of("full_attention")),
+        ("Qwen3.5, Gated DeltaNet", &qwen, of("linear_attention")),
+        ("Granite 4, attention", &granite, of("attention")),
+        ("Granite 4, Mamba 2", &granite, of("mamba")),
+        ("Kimi Linear, latent attention", &kimi, of("full_attention")),
+        ("Kimi Linear, KDA", &kimi, of("linear_attention")),
+        ("LFM2, attention", &lfm, of("full_attention")),
+        ("LFM2, short convolution", &lfm, of("conv")),
+        ("DeepSeek V3, latent attention", &deepseek, named("deepseek_v3")),
+        ("DeepSeek V3.2, its indexer besides", &deepseek, named("deepseek_v32")),
+    ];
+    for (name, family, own) in kinds {
+        let mut config = common.clone();
+        for part in [family, &own] {
+            let part = part.as_object().expect("written above").clone();
+            config.as_object_mut().expect("written above").extend(part);
+        }
+        let model = Model::new(config);
+        let cpu = Cpu::exact();
+        let mut group = c.benchmark_group(format!("layer of {name}"));
+        group.sample_size(10).sampling_mode(SamplingMode::Flat);
+        for length in [512, 2048, 4096] {
+            let sequences = model.sequences_of(4096 / length, length);
+            let start = || embed(&cpu, &model.graph, &model.source, &sequences).expect("known tokens");
+            group.throughput(Throughput::Elements(4096));
+            group.bench_function(format!("{} x {length} tokens", sequences.len()), |bencher| {
+                let mut plain = Plain::exact(&cpu, &model.source);
+                bencher.iter_batched_ref(
+                    start,
+                    |chunks| {
+                        run_block(&cpu, &model.graph.blocks[0], &model.source, &mut plain, chunks).expect("shapes fit")
+                    },
+                    BatchSize::LargeInput,
+                );
+            });
+        }
+    }
+}
+
 /// From the open checkpoint to the finished safetensors file: forward, Hessians, factors, scales, sweep, packing.
 ///
 /// Counted is the forward pass, of which the last linear's output is not needed, and half of each Hessian.
 fn gptq(c: &mut Criterion) {
     const SEQUENCES: usize = 16;
-    let model = Model::new();
+    let model = Model::llama();
     let mut request = Request::default();
     (request.bits, request.group_size) = (Some(4), Some(64));
     let recipe = Recipe::resolve(request).expect("valid");
@@ -218,5 +301,5 @@ fn evaluation(c: &mut Criterion) {
     }
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = block, gptq, evaluation);
+criterion_group!(name = benches; config = common::criterion(); targets = block, layers, gptq, evaluation);
 criterion_main!(benches);
