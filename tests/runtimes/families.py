@@ -356,7 +356,8 @@ def outcome(column, made, found):
     elif not found["difference"] <= COLUMNS[column].tolerance:  # nor is NaN
         problem = f"logits differ by {found['difference']:.1e} of the largest"
     else:
-        cell = "agrees" + (f" (but for {', '.join(made['without'])})" if made.get("without") else "")
+        left = sorted({module.rpartition(".")[2] for module in made.get("without", [])})
+        cell = "agrees" + (f" (but for {', '.join(left)})" if left else "")
         return cell, f"a note says otherwise: {told[0]}" if told and "may" not in told[0] else None
     return f"no: {problem}", None if told else problem
 
