@@ -102,7 +102,7 @@ impl Plan {
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &chosen.encodings)?);
         config.notes.extend(experts::uneven(graph, &chosen.encodings, codec)?);
-        config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
+        config.notes.extend(uneven_fused(graph, &chosen.encodings, codec, recipe.allow_uneven)?);
         config.notes.extend(rounded_inputs(&chosen.encodings));
         config.notes.extend(of_towers);
         // A head that is the embedding has its codes.
@@ -501,20 +501,30 @@ fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
 }
 
 /// What to say where linears that vLLM and SGLang load as one matrix are not held alike; of experts it is said elsewhere.
-fn uneven_fused(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn Codec) -> Option<String> {
-    if codec.id() == "mlx" {
-        return None;
-    }
-    let (group, count) = unequal(graph, |linear| encodings.get(&linear.module).copied().into_iter().collect())?;
-    let modules: Vec<&str> = group.iter().map(|linear| &*linear.module).collect();
-    if modules.iter().any(|module| is_expert(module)) {
-        return None;
-    }
+///
+/// Fails, naming them, unless that is `allowed`.
+fn uneven_fused(
+    graph: &Graph,
+    encodings: &HashMap<String, Encoding>,
+    codec: &dyn Codec,
+    allowed: bool,
+) -> Result<Option<String>> {
+    let of = |linear: &Linear| {
+        let encoding = encodings.get(&linear.module).filter(|_| !is_expert(&linear.module));
+        encoding.copied().into_iter().collect()
+    };
+    let Some((group, count)) = unequal(graph, of).filter(|_| codec.id() != "mlx") else {
+        return Ok(None);
+    };
+    let modules = listed(&group.iter().map(|linear| &*linear.module).collect::<Vec<_>>());
     let more = if count > 1 { format!(", as {} more such groups do", count - 1) } else { String::new() };
-    Some(format!(
-        "{} have several schemes{more}: vLLM and SGLang load them as one matrix and refuse that; transformers does not",
-        listed(&modules)
-    ))
+    let told = format!("{modules} have several schemes{more}: vLLM and SGLang load them as one matrix and refuse that");
+    if allowed {
+        return Ok(Some(format!("{told}; transformers does not")));
+    }
+    Err(Error::usage(format!(
+        "{told}: give them one scheme, leave all of them out with --ignore, or give --allow-uneven for a file for transformers alone"
+    )))
 }
 
 /// Fails unless the configuration, as it will be read, says of every linear whether it has codes.

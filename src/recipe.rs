@@ -109,6 +109,8 @@ pub struct Recipe {
     pub moe_all_experts: bool,
     /// Patterns of linears that stay as they are.
     pub ignore: Vec<String>,
+    /// Whether linears that vLLM and SGLang load as one matrix may have several schemes.
+    pub allow_uneven: bool,
     /// What to do with tensors that are not part of the model.
     pub unknown_tensors: UnknownTensors,
     /// What to do with layers that predict further tokens.
@@ -270,6 +272,7 @@ impl Recipe {
             desc_act,
             moe_all_experts: request.moe_all_experts.unwrap_or(false),
             ignore: request.ignore.unwrap_or_default(),
+            allow_uneven: request.allow_uneven.unwrap_or(false),
             unknown_tensors: unknown_tensors(request.unknown_tensors.as_deref())?,
             mtp: request.mtp.as_deref().map_or(Ok(Mtp::default()), |name| named("--mtp", Mtp::ALL, name))?,
             towers,

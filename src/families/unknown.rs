@@ -29,6 +29,9 @@ const KEPT: &[&str] = &[
     "mtp",
     "nextn",
     "shared_transf",
+    "indexer",
+    "compressor",
+    "altup",
 ];
 
 /// Those of other senses, which may have linears of their own (`towers`).

@@ -138,6 +138,10 @@ request! {
         /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
         #[arg(long, help_heading = SCHEME, value_name = "PATTERN")]
         pub ignore: Option<Vec<String>>,
+        /// Let linears that vLLM and SGLang load as one matrix (q, k and v; gate and up) have several schemes, in files for transformers
+        /// alone.
+        #[arg(long, help_heading = SCHEME, num_args = 0, default_missing_value = "true")]
+        pub allow_uneven: Option<bool>,
         /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file never holds any. [default: copy]
         #[arg(long, help_heading = SCHEME, value_name = "copy|drop|refuse")]
         pub unknown_tensors: Option<String>,

@@ -89,8 +89,8 @@ impl Held<'_> {
     }
 }
 
-/// Linears that vLLM and SGLang load as one matrix, which has one scheme: q, k and v, with the gate of linear attention; a gate and what it gates; the first linears of latent
-/// attention; and all experts of a layer.
+/// Linears that vLLM and SGLang load as one matrix, which has one scheme: q, k and v, with the gate of linear attention whose heads
+/// decay as a whole; a gate and what it gates; the first linears of latent attention; and all experts of a layer.
 pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
     let mut all = Vec::new();
     for step in graph.blocks.iter().flat_map(|block| &block.steps) {
@@ -108,6 +108,8 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
                 Projections::Latent(_) => {}
                 Projections::Joint(joint) => all.push(vec![&joint.q[0], &joint.kv]),
             },
+            // A gate has a matrix of its own where each channel decays by itself.
+            Layer::Delta(delta) if delta.shape.by_channel => all.push(delta.inputs.iter().take(3).collect()),
             Layer::Delta(delta) => all.push(delta.inputs.iter().collect()),
             Layer::Mlp(mlp) => all.push(mlp.inputs.iter().collect()),
             Layer::Moe(moe) => {

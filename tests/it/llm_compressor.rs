@@ -13,7 +13,7 @@ fn a_recipe_of_llm_compressor_makes_what_its_settings_make_here() {
     };
     let groups = format!("{{a: {{{}}}, b: {{{}}}}}", weights(8, "'re:.*down_proj'"), weights(4, "'re:.*mlp.*'"));
     let args = format!(
-        "{{ignore: [lm_head, 're:.*vision.*', model.layers.0.mlp.up_proj], dampening_frac: 0.1, config_groups: {groups}}}"
+        "{{ignore: [lm_head, 're:.*vision.*', 're:.*layers.0.mlp.(gate|up)_proj'], dampening_frac: 0.1, config_groups: {groups}}}"
     );
     room.file(
         "recipe.yaml",
@@ -23,7 +23,7 @@ fn a_recipe_of_llm_compressor_makes_what_its_settings_make_here() {
     );
     room.file(
         "recipe.toml",
-        "method = 'gptq'\ndamp = 0.1\nbits = 4\ngroup_size = 32\nignore = ['layers.0.mlp.up_proj']\n\
+        "method = 'gptq'\ndamp = 0.1\nbits = 4\ngroup_size = 32\nignore = ['re:.*layers.0.mlp.(gate|up)_proj']\n\
          [[override]]\nmatch = 're:.*down_proj'\nbits = 8\n[[override]]\nmatch = 're:.*self_attn.*'\nignore = true\n",
     );
     let run = |recipe: &str, out: &str| {

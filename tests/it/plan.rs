@@ -53,7 +53,7 @@ fn files_have_the_planned_bytes_and_nothing_is_written_by_planning() {
         &["-o", "out"],
         &["-o", "out", "--scheme", "FP8_DYNAMIC"],
         &["-o", "out", "--format", "mlx", "--group-size", "64", "--method", "awq"],
-        &["-o", "out", "--format", "gptq", "--group-size", "32", "--ignore", "k_proj"],
+        &["-o", "out", "--format", "gptq", "--group-size", "32", "--ignore", "k_proj", "--allow-uneven"],
         &["-o", "out.gguf", "--scheme", "Q4_K_M"],
         &["-o", "out.gguf", "--scheme", "Q8_0", "--split-max-size", "2M"],
         &["--target", "awq=a", "--target", "gguf:IQ4_NL=b.gguf"],
@@ -104,6 +104,12 @@ fn what_a_run_would_refuse_is_refused_and_what_a_runtime_would_is_told() {
     refused(&["--for", "vlm"], &["--for `vlm`", "vllm, sglang, llama.cpp, transformers, mlx"]);
     refused(&["--for", "vllm", "--gpu", "voodoo"], &["--gpu `voodoo`"]);
     refused(&["--batch", "0"], &["--batch must be at least 1"]);
+    let one = "`model.layers.0.self_attn.k_proj`, `model.layers.0.self_attn.v_proj` have several schemes";
+    refused(&["--ignore", "v_proj"], &[one, "as 3 more such groups do", "give them one scheme", "--allow-uneven"]);
+    refused(
+        &["--format", "gptq", "--ignore", "re:.*up_proj"],
+        &["mlp.up_proj` have several schemes", "--allow-uneven"],
+    );
     let told = |flags: &[&str], code: i32, words: &[&str]| {
         let done = room.run([&["plan", "model"], flags, FEW].concat());
         assert_eq!(done.code(), Some(code), "{flags:?}: {}{}", done.stdout(), done.stderr());
@@ -126,7 +132,7 @@ fn what_a_run_would_refuse_is_refused_and_what_a_runtime_would_is_told() {
         &["refused: vLLM reads GPTQ of 4 and 8 bits, not of 3"],
     );
     told(
-        &["--for", "vllm", "--ignore", "v_proj"],
+        &["--for", "vllm", "--ignore", "v_proj", "--allow-uneven"],
         2,
         &["as one matrix, which must have one scheme", "3 more such groups"],
     );

@@ -708,3 +708,46 @@ fn what_a_model_probably_lacks_is_told_and_what_its_family_may_have_so_is_not() 
         }
     }
 }
+
+/// Linears of `model` that have codes when it is rounded.
+fn packed(room: &Room, model: &str, out: &str) -> BTreeSet<String> {
+    room.run(["quantize", model, "-o", out].iter().chain(&RTN).chain(&LAYOUTS[0])).succeeds();
+    let written = Checkpoint::open(&room.path(out)).unwrap();
+    let names = written.entries().iter().filter_map(|entry| entry.name.strip_suffix(".weight_packed"));
+    names.map(str::to_owned).collect()
+}
+
+/// Names alone tell of routers, indexers, what makes entries of tokens, streams, and convolutions.
+#[test]
+fn what_known_families_keep_whole_is_kept_where_nobody_knows_the_family() {
+    let families = [
+        "bailing_hybrid_further",
+        "deepseek_v32_further",
+        "deepseek_v4_further",
+        "gemma3n_text_plain",
+        "glm5_next_further",
+        "lfm2_moe_plain",
+        "minimax_m3_vl_published",
+        "nemotron_h_experts",
+        "qwen3_5_moe_vision",
+        "qwen4_exp_text_further",
+    ];
+    crate::families::each(&families, |family| {
+        let room = Room::new();
+        let known = crate::families::checkpoint(family);
+        let opened = Checkpoint::open(known.path()).unwrap();
+        let mut config = opened.config().clone();
+        config["model_type"] = json!("unheard_of");
+        config["architectures"] = json!(["UnheardOfForCausalLM"]);
+        if config.get("text_config").is_some() {
+            config["text_config"]["model_type"] = json!("unheard_of_text");
+        }
+        let tensors: Vec<_> = opened.entries().iter().map(|e| (e.name.clone(), e.shape.clone())).collect();
+        write(&room.path("model"), &config, &tensors);
+        let found = packed(&room, "model", "unknown");
+        let wanted = packed(&room, known.path().to_str().unwrap(), "known");
+        let more: Vec<&String> = found.difference(&wanted).collect();
+        assert!(more.is_empty(), "{family}: {more:?}");
+        assert!(!found.is_empty(), "{family}");
+    });
+}

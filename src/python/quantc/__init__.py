@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         desc_act: bool
         moe_all_experts: bool
         ignore: Sequence[str]
+        allow_uneven: bool
         unknown_tensors: str
         mtp: str
         towers: str
