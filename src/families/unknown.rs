@@ -29,9 +29,10 @@ const KEPT: &[&str] = &[
     "mtp",
     "nextn",
     "shared_transf",
-    "indexer",
+    "index",
     "compressor",
     "altup",
+    "laurel",
 ];
 
 /// Those of other senses, which may have linears of their own (`towers`).
@@ -41,8 +42,9 @@ const SENSES: &[&str] =
 /// Parts of names likewise, where they end so.
 const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads"];
 
-/// Whole parts of names likewise: Mamba and DeepSeek V4 multiply by these weights themselves, without asking the linear.
-const KEPT_WHOLE: &[&str] = &["x_proj", "dt_proj", "wo_a", "o_a_proj"];
+/// Whole parts of names likewise: Mamba and DeepSeek V4 multiply by these weights themselves, without
+/// asking the linear, and what Ling's KDA decays by goes through an exponential.
+const KEPT_WHOLE: &[&str] = &["x_proj", "dt_proj", "wo_a", "o_a_proj", "f_proj"];
 
 /// Whole parts of names with a word of those above that hold linears: DBRX's attention with the norms around it.
 const HOLDERS: &[&str] = &["norm_attn_norm"];
