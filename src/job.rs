@@ -190,6 +190,7 @@ impl<'a> Job<'a> {
         let targets = self.targets(&graph, &source)?;
         let stagings =
             self.outputs.iter().map(|output| self.staging(output, before)).collect::<Result<Vec<Staging>>>()?;
+        self.check_projectors(&targets)?;
         check_space(&targets, &stagings)?;
         let both: Vec<(&dyn Target<B>, &Staging)> = targets.iter().map(|target| &**target).zip(&stagings).collect();
         let mut run = Run { started, hashing, ..Run::of(&source, &graph) };
@@ -213,6 +214,15 @@ impl<'a> Job<'a> {
     /// What each output will hold of every tensor.
     fn targets<B: Backend>(&self, graph: &Graph, source: &Checkpoint) -> Result<Vec<Box<dyn Target<B>>>> {
         self.outputs.iter().map(|output| target(graph, source, output.recipe.clone())).collect()
+    }
+
+    /// Fails where what makes tokens of images would be written over a file that is not to be replaced.
+    fn check_projectors<B: Backend>(&self, targets: &[Box<dyn Target<B>>]) -> Result<()> {
+        for (output, target) in self.outputs.iter().zip(targets) {
+            let name = target.projector(&Place::resolve(&output.path)?.name);
+            name.map_or(Ok(()), |name| Staging::check_with(&output.path, &name, self.force))?;
+        }
+        Ok(())
     }
 
     /// Takes an output's place.

@@ -64,6 +64,9 @@ impl Job<'_> {
         for output in self.outputs.iter().filter(|_| asked.named) {
             Staging::check(&output.path, Some(self.model), self.force, output.recipe.gguf.is_some())?;
         }
+        if asked.named {
+            self.check_projectors(&targets)?;
+        }
         let mut run = Run::of(&source, &graph);
         let device = Device::of(backend);
         let (said, groups) = self.prepare((device, progress), &mut run, &targets)?;

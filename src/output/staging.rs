@@ -192,6 +192,18 @@ impl Staging {
         check_folder(&named_folder(target, input)?, target, force)
     }
 
+    /// Checks the place of a file that appears with the GGUF file `target`, under the name `name` beside it.
+    ///
+    /// Fails when it exists and cannot be replaced.
+    pub fn check_with(target: &Path, name: &str, force: bool) -> Result<()> {
+        let path = Place::resolve(target)?.parent.join(name);
+        match (path.exists(), force) {
+            (false, _) => Ok(()),
+            (true, true) => check_replaced(&path),
+            (true, false) => Err(Error::usage(format!("{}: exists already; --force replaces it", path.display()))),
+        }
+    }
+
     /// Begins a GGUF file, or the parts of one, which are called `NAME-00001-of-00003.gguf`.
     ///
     /// Fails when it (or a part of it) exists and `force` is not given, is the input, or, with `force`, is no GGUF file.
@@ -340,20 +352,6 @@ impl Staging {
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let path = self.folder.join(name);
         fs::write(&path, content).map_err(Error::io(&path, "write"))
-    }
-
-    /// Checks a file that appears with a GGUF file, under a name of its own beside it.
-    ///
-    /// Fails when it exists and cannot be replaced.
-    pub fn check_with(&self, name: &str) -> Result<()> {
-        let path = self.place.parent.join(name);
-        if !path.exists() {
-            return Ok(());
-        }
-        match self.found {
-            Some(_) => check_replaced(&path),
-            None => Err(Error::usage(format!("{}: exists already; --force replaces it", path.display()))),
-        }
     }
 
     /// Checks another GGUF file that the same run is to write, in a folder that exists.

@@ -426,7 +426,6 @@ impl<B: Backend> Target<B> for Gguf {
     }
 
     fn open<'a>(&'a self, source: &'a Checkpoint, staging: &'a Staging) -> Result<Box<dyn Sink<B> + 'a>> {
-        self.plan.projector.as_ref().map_or(Ok(()), |_| staging.check_with(&projector_beside(staging.name())))?;
         let (path, tensors) = self.laid_out(&staging.folder().join(staging.name()));
         let metadata = self.plan.metadata.clone();
         let most = self.settings().split_max_size;

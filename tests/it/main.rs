@@ -40,6 +40,7 @@ mod mlx;
 mod mlx_lm;
 mod model_cards;
 mod near;
+mod no_mmproj;
 mod pipeline;
 mod plan;
 mod program;

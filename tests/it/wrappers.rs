@@ -563,7 +563,7 @@ fn towers_are_quantized_in_formats_that_are_loaded_so() {
 }
 
 /// Sets a value under a path of config.json.
-fn set(room: &TempDir, path: &str, value: Value) {
+pub fn set(room: &TempDir, path: &str, value: Value) {
     crate::harness::Model::at(room.path()).config(|config| {
         let mut at = config;
         for key in path.split('/') {
@@ -573,7 +573,7 @@ fn set(room: &TempDir, path: &str, value: Value) {
     });
 }
 
-const RTN: &str = "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'";
+pub const RTN: &str = "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'";
 
 /// llama.cpp computes the same whatever config.json says of these, so that it would see or hear something else.
 #[test]
