@@ -124,7 +124,7 @@ pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<St
     notes.extend(families::cannot_run(&graph));
     notes.extend(match graph.opaque {
         true => families::check_whole(source)?,
-        false => families::check_beside(&graph, source).into_iter().chain(projector::lacking(source)).collect(),
+        false => families::check_beside(&graph, source).into_iter().chain(projector::faults(&graph, source)).collect(),
     });
     Ok((found.into_iter().collect(), notes))
 }

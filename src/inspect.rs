@@ -143,7 +143,8 @@ fn missing(checkpoint: &Checkpoint) -> Vec<String> {
             notes
         }
         Ok(graph) => {
-            let beside = families::check_beside(&graph, checkpoint).into_iter().chain(projector::lacking(checkpoint));
+            let beside =
+                families::check_beside(&graph, checkpoint).into_iter().chain(projector::faults(&graph, checkpoint));
             let cannot = graph.unrunnable;
             let cannot = cannot.map(|why| format!("{why}: it can be quantized without data alone, and not measured"));
             cannot.into_iter().chain(beside).collect()

@@ -64,7 +64,7 @@ pub(crate) use qwen4::seed as qwen4_seed;
 pub use renames::{AdapterNames, Loading};
 pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};
-pub use whole::{check as check_whole, check_beside};
+pub use whole::{check as check_whole, check_beside, misshapen_beside};
 
 use serde_json::Value;
 

@@ -82,6 +82,42 @@ pub fn check_beside(graph: &Graph, source: &dyn Weights) -> Vec<String> {
     notes
 }
 
+/// What to say of tensors beside the language model whose shape does not go with that of others: a bias that has not as many values as its weight
+/// has rows, and a tensor of one layer that has another shape than in all others.
+pub fn misshapen_beside(graph: &Graph, source: &dyn Weights) -> Vec<String> {
+    let beside = |name: &str| {
+        let of = |(part, what): &(String, &str)| *what == BESIDE && !part.is_empty() && name.starts_with(&part[..]);
+        graph.aside.iter().any(of)
+    };
+    let mut told = BTreeMap::new();
+    for bias in source.entries().iter().filter(|entry| beside(&entry.name)) {
+        let weight = bias.name.strip_suffix(".bias").and_then(|module| source.entry(&format!("{module}.weight")));
+        let Some((weight, [values])) = weight.zip(bias.shape.first_chunk::<1>()) else { continue };
+        // Some convolutions have their inputs first.
+        if bias.shape.len() == 1 && !weight.shape.is_empty() && !weight.shape.iter().take(2).any(|rows| rows == values)
+        {
+            let why =
+                format!("`{}` has {values} values, and `{}` the shape {:?}", bias.name, weight.name, weight.shape);
+            told.insert(&bias.name, why);
+        }
+    }
+    for layers in lists(source).into_iter().filter(|(list, _)| beside(&format!("{list}."))).map(|(_, layers)| layers) {
+        let tails: BTreeSet<&str> = layers.values().flat_map(|tails| tails.keys().copied()).collect();
+        for tail in tails.into_iter().filter(|tail| tail.ends_with(".weight") || tail.ends_with(".bias")) {
+            let mut all = layers.values().filter_map(|tails| tails.get(tail));
+            // The first may be given something else.
+            let (Some(first), true) = (all.next(), layers.len() > 2) else { continue };
+            let mut others = all.filter(|entry| entry.shape != first.shape);
+            if let (Some(other), None) = (others.next(), others.next()) {
+                told.entry(&other.name).or_insert_with(|| {
+                    format!("`{}` has the shape {:?} in place of {:?}", other.name, other.shape, first.shape)
+                });
+            }
+        }
+    }
+    told.into_values().collect()
+}
+
 /// Parts of config.json that count layers of their own, and what the names of such layers have in them.
 const PARTS: &[(&str, &[&str])] = &[("vision_config", &["vision", "visual"]), ("audio_config", &["audio"])];
 

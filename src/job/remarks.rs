@@ -69,7 +69,7 @@ impl Remarks {
             model.extend(families::check_whole(source).unwrap_or_default());
         } else {
             model.extend(families::check_beside(graph, source));
-            model.extend(projector::lacking(source));
+            model.extend(projector::faults(graph, source));
         }
         model.extend(families::cannot_run(graph));
         let there = |prefix: &str| source.entries().iter().any(|entry| entry.name.starts_with(prefix));

@@ -12,10 +12,11 @@ mod internvl;
 mod kimi;
 mod pixtral;
 mod qwen;
+mod shapes;
 mod siglip;
 mod whisper;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
@@ -24,7 +25,8 @@ use serde_json::{Value, json};
 
 use self::computed::{Computed, Need};
 use super::metadata::Metadata;
-use crate::families::{text_settings, type_of};
+use crate::families::{misshapen_beside, text_settings, type_of};
+use crate::graph::Graph;
 use crate::json::{integer, real};
 use crate::mixes::Mix;
 use crate::weights::{StoredType, Weights};
@@ -297,9 +299,9 @@ pub fn plan(
         let model = type_of(config).unwrap_or_default();
         return Some(Err(format!("no file for images or sound is known here for models of the type {model}")));
     };
-    let found = kind.laid_out(source, preprocessor, types).and_then(|(found, missing)| match &missing[..] {
-        [] => Ok(found),
-        missing => Err(lacks(missing)),
+    let found = kind.laid_out(source, preprocessor, types).and_then(|(found, faults)| match faults.told() {
+        told if told.is_empty() => Ok(found),
+        told => Err(told.join("; ")),
     });
     Some(found.and_then(|mut found| {
         if let Some(name) = kind.ends_rows {
@@ -339,23 +341,52 @@ fn kind_of(config: &Value) -> Option<&'static Kind> {
 }
 
 /// What to say of tensors of what sees or hears that its class asks for and the checkpoint lacks, where llama.cpp has a projector of its
-/// kind; nothing where all of it is missing.
-pub fn lacking(source: &dyn Weights) -> Option<String> {
+/// kind, and of those that have other shapes than its class gives them; nothing where all of it is missing.
+pub fn faults(graph: &Graph, source: &dyn Weights) -> Vec<String> {
     // What pictures are shifted by has nothing to do with it.
     let preprocessor =
         json!({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "min_image_tokens": 1, "max_image_tokens": 1});
-    let (_, missing) = kind_of(source.config())?.laid_out(source, &preprocessor, &Types::default()).ok()?;
-    (!missing.is_empty()).then(|| {
-        format!(
-            "{}: transformers makes such tensors up at random; unless the model is meant so, download the weights again",
-            lacks(&missing)
-        )
-    })
+    let laid_out = |kind: &Kind| kind.laid_out(source, &preprocessor, &Types::default()).ok();
+    let Some((_, faults)) = kind_of(source.config()).and_then(laid_out) else {
+        return misshapen_beside(graph, source).iter().map(|told| format!("{told}: {AGAIN}")).collect();
+    };
+    let missing = lacks(&faults.missing).map(|told| {
+        format!("{told}: transformers makes such tensors up at random; unless the model is meant so, download the weights again")
+    });
+    let shapes = faults.shapes().map(|told| format!("{told}: {AGAIN}"));
+    missing.into_iter().chain(shapes).collect()
 }
 
-fn lacks(missing: &[String]) -> String {
+/// What to do about a tensor of a wrong shape.
+const AGAIN: &str = "runtimes do not load the model so; download the weights again";
+
+/// What is wrong with the tensors of what sees or hears.
+struct Faults {
+    /// Names of those that are asked for and not there.
+    missing: Vec<String>,
+    /// What to say of those that have wrong shapes.
+    shapes: Vec<String>,
+}
+
+impl Faults {
+    fn told(&self) -> Vec<String> {
+        lacks(&self.missing).into_iter().chain(self.shapes()).collect()
+    }
+
+    /// The first few.
+    fn shapes(&self) -> Option<String> {
+        let first = self.shapes.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
+        match self.shapes.len() {
+            0 => None,
+            1..=3 => Some(first),
+            all => Some(format!("{first}, and {} more tensors have other shapes than expected", all - 3)),
+        }
+    }
+}
+
+fn lacks(missing: &[String]) -> Option<String> {
     let names: Vec<&str> = missing.iter().map(String::as_str).collect();
-    format!("the checkpoint has no {}", listed(&names))
+    (!names.is_empty()).then(|| format!("the checkpoint has no {}", listed(&names)))
 }
 
 /// The types of matrices in a file for images.
@@ -384,13 +415,13 @@ impl Kind {
         vision
     }
 
-    /// What is written, and which tensors are missing for it.
+    /// What is written, and what is wrong with the tensors that it is made of.
     fn laid_out(
         &self,
         source: &dyn Weights,
         preprocessor: &Value,
         types: &Types,
-    ) -> Result<(Projector, Vec<String>), String> {
+    ) -> Result<(Projector, Faults), String> {
         let config = source.config();
         let text = text_settings(config);
         let (part, vision) = (self.part(), &self.completed(&config[self.part()]));
@@ -402,6 +433,7 @@ impl Kind {
         (self.settings)(said, &mut metadata)?;
         let heads = if self.flat { 0 } else { said.count(HEADS)? as usize };
         let mut tensors = Vec::new();
+        let mut unmade = BTreeMap::new();
         for entry in source.entries() {
             let name = entry.name.strip_prefix("model.").unwrap_or(&entry.name);
             if !self.prefixes.iter().any(|prefix| name.starts_with(prefix)) {
@@ -418,8 +450,11 @@ impl Kind {
                 return Err(format!("{} has no name in llama.cpp's file for images", entry.name));
             }
             for (rule, gguf) in found {
-                let wrong = || format!("{} has the shape {:?}, which is not known here", entry.name, entry.shape);
-                let shape = rule.make.shape(&entry.shape, heads).ok_or_else(wrong)?;
+                let shape = rule.make.shape(&entry.shape, heads).unwrap_or_else(|| {
+                    let told = format!("`{}` has the shape {:?}, which is not known here", entry.name, entry.shape);
+                    unmade.insert(entry.name.clone(), told);
+                    entry.shape.clone()
+                });
                 let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
                 let asked = types.some.get(module).map_or(all, |asked| asked.unwrap_or(own));
                 let ty = rule.ty(&gguf, &shape, asked);
@@ -432,7 +467,8 @@ impl Kind {
         }
         let found = Projector { metadata, tensors };
         let missing = computed::missing(self, said, &found);
-        Ok((found, missing))
+        unmade.extend(shapes::odd(self, said, &found));
+        Ok((found, Faults { missing, shapes: unmade.into_values().collect() }))
     }
 
     /// The type of matrices: BF16 where the checkpoint has it, else F16. What is quantized is dequantized, to that of the others.

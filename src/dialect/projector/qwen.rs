@@ -115,6 +115,8 @@ pub(super) const QWEN3: Kind = Kind {
         same("visual.merger.linear_fc1", "mm.0"),
         same("visual.merger.linear_fc2", "mm.2"),
     ]],
+    // That of transformers' class.
+    usual: &[("num_position_embeddings", 2304)],
     computes: &[
         ("/vision_config/hidden_act", Is::Gelu),
         ("/vision_config/spatial_merge_size", Is::Number(2.0)),
@@ -122,7 +124,7 @@ pub(super) const QWEN3: Kind = Kind {
     ],
     settings: |said, out| {
         flag(out, "use_gelu");
-        let positions = said.count_or("num_position_embeddings", 2304)?;
+        let positions = said.count(&["num_position_embeddings"])?;
         let size = f64::from(positions).sqrt() * f64::from(said.count(&["patch_size"])?);
         count(out, "image_size", said.count_or("image_size", size as u32)?);
         count(out, "spatial_merge_size", said.count_or("spatial_merge_size", 2)?);

@@ -84,6 +84,8 @@ pub(super) const LFM2: Kind = Kind {
             weight("multi_modal_projector.linear_2", "mm.2"),
         ],
     ],
+    // That of transformers' class.
+    usual: &[("num_patches", 256)],
     computes: &[("/vision_config/hidden_act", Is::Gelu), ("/projector_hidden_act", Is::Gelu)],
     settings: |said, out| {
         // A tower takes pictures of any size, and the file has to name one.
