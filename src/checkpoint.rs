@@ -36,6 +36,7 @@ mod sentence;
 mod tokenizer;
 mod training;
 
+pub(crate) use beside::read_loaded;
 pub use beside::{Beside, OF_WORDS, SideFile, goes_along};
 pub use embedding::Modules;
 pub use hub::{

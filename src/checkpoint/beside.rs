@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use formats::container::file::{self, Identity};
 use formats::container::stand_in::{is_pointer, stand_in};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::place::{beginning, is_gguf, is_unfinished, list};
 use super::sentence::no_modules;
@@ -266,6 +266,22 @@ const PERHAPS_LOADED: &[&str] =
 const PICTURES: &[&str] =
     &[".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".mov", ".pdf", ".wav", ".mp3", ".webm"];
 
+/// What a file says without which a tokenizer or a processor does not load; nothing where it is not there. Fails for one that is no JSON object.
+pub(crate) fn read_loaded(path: &Path) -> Result<Option<Map<String, Value>>> {
+    let json = read_json(path).map_err(|error| {
+        let empty = std::fs::metadata(path).is_ok_and(|metadata| metadata.len() == 0);
+        Error::failed(format!("{error}{}", if empty { "" } else { "; fetch the file again" }))
+    })?;
+    json.map(|json| match json {
+        Value::Object(settings) => Ok(settings),
+        _ => {
+            let why = "not a JSON object, and no tokenizer or processor loads with it; fetch the file again";
+            Err(Error::failed(format!("{}: {why}", path.display())))
+        }
+    })
+    .transpose()
+}
+
 /// Looks through the folder of a model whose weights are `weights`; `own` are the names of files that the output writes
 /// itself.
 ///
@@ -430,14 +446,7 @@ impl Walk<'_> {
             return Err(Error::failed(format!("{}: {why}", path.display())));
         }
         if at_top && LOADED.contains(&name) {
-            let json = read_json(path).map_err(|error| {
-                let way = if bytes.is_empty() { "" } else { "; fetch the file again" };
-                Error::failed(format!("{error}{way}"))
-            })?;
-            if json.is_some_and(|json| !json.is_object()) {
-                let why = "not a JSON object, and no tokenizer or processor loads with it; fetch the file again";
-                return Err(Error::failed(format!("{}: {why}", path.display())));
-            }
+            read_loaded(path)?;
         } else if at_top && name.ends_with(".json") && metadata.len() <= SMALL {
             match read_json(path) {
                 Err(error) => self

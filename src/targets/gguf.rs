@@ -128,7 +128,7 @@ impl GgufPlan {
         let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
         let placements = by_module.iter().map(of).collect();
         let metadata = written.metadata;
-        let (projector, told) = projector::plan(source, &graph.embedding.tensor, architecture, &types);
+        let (projector, told) = projector::plan(source, graph, architecture, &types)?;
         notices.extend(told);
         Ok(GgufPlan {
             tensors,

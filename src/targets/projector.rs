@@ -5,37 +5,40 @@ use std::path::Path;
 use formats::{GgufTensor, GgufWriter};
 use serde_json::{Map, Value};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, read_loaded};
 use crate::dialect::projector::{self, Projector, Types};
 use crate::error::{Error, Result};
 use crate::families::component;
 use crate::graph::{BESIDE, Graph};
-use crate::json::read_json;
 use crate::output::Staging;
 use crate::recipe::{Patterns, Recipe, Said, Towers};
 use crate::report::projector_beside;
 
 /// What is to be written of a model, for a language model of this architecture, and what to say of it; neither for one that sees nothing.
 /// `types` are those of its matrices.
+///
+/// Fails where a file that says how pictures become numbers was cut short, as where it is copied.
 pub fn plan(
     source: &Checkpoint,
-    embedding: &str,
+    graph: &Graph,
     architecture: &str,
     types: &Types,
-) -> (Option<Projector>, Option<String>) {
+) -> Result<(Option<Projector>, Option<String>)> {
     // What is wrong with a tokenizer is told where the model's own file is planned.
     let files = || source.tokenizer().ok().flatten();
     let token = |name: &str| files()?.tokenizer.token_to_id(name);
-    match projector::plan(source, embedding, &token, &preprocessor(source.path()), architecture, types) {
-        None => (None, None),
+    let preprocessor = preprocessor(source.path())?;
+    let planned = projector::plan(source, &graph.embedding.tensor, &token, &preprocessor, architecture, types);
+    let why = match planned {
         Some(Ok(found)) => {
             let note = "what makes tokens of images or sound is written beside the GGUF file, as mmproj-NAME: llama.cpp takes it with --mmproj";
-            (Some(found), Some(note.to_owned()))
+            return Ok((Some(found), Some(note.to_owned())));
         }
-        Some(Err(why)) => {
-            (None, Some(format!("the GGUF file holds the language model alone, and no mmproj file is written: {why}")))
-        }
-    }
+        Some(Err(why)) => Some(why),
+        None => None,
+    };
+    let told = |why| format!("the GGUF file holds the language model alone, and no mmproj file is written: {why}");
+    Ok((None, why.map(told)))
 }
 
 /// The types that a recipe gives the matrices of what sees or hears; what its patterns name counts as matched.
@@ -68,20 +71,21 @@ pub fn types(graph: &Graph, source: &Checkpoint, recipe: &Recipe, patterns: &mut
 /// From here on a value becomes infinite in F16.
 const LARGEST: f32 = 65520.0;
 
-/// How pictures become numbers, by the files beside the model; what cannot be read says nothing. What processor_config.json says counts
-/// where both files say it, as in transformers and for llama.cpp's converter.
-fn preprocessor(folder: &Path) -> Value {
-    let read = |name: &str| match read_json(&folder.join(name)) {
-        Ok(Some(Value::Object(settings))) => settings,
-        _ => Map::new(),
+/// How pictures become numbers, by the files beside the model. What processor_config.json says counts where both files say it, as in
+/// transformers and for llama.cpp's converter. Fails for a file that is no JSON object.
+fn preprocessor(folder: &Path) -> Result<Value> {
+    let read = |name: &str| -> Result<Map<String, Value>> {
+        // A single file has none beside it.
+        let settings = if folder.is_dir() { read_loaded(&folder.join(name))? } else { None };
+        Ok(settings.unwrap_or_default())
     };
-    let (mut settings, mut processor) = (read("preprocessor_config.json"), read("processor_config.json"));
+    let (mut settings, mut processor) = (read("preprocessor_config.json")?, read("processor_config.json")?);
     let images = processor.remove("image_processor");
     settings.extend(processor);
     if let Some(Value::Object(images)) = images {
         settings.extend(images);
     }
-    Value::Object(settings)
+    Ok(Value::Object(settings))
 }
 
 fn tensors(projector: &Projector) -> Vec<GgufTensor> {

@@ -121,3 +121,35 @@ fn a_tower_tensor_of_a_wrong_shape_is_told_in_every_format() {
     let notes = quantc::check::check(room.path()).unwrap().notes;
     assert!(notes.iter().any(|note| note.contains(&format!("`{bias}` has 7 values"))), "{notes:#?}");
 }
+
+#[test]
+fn odd_settings_for_pictures_get_no_file() {
+    let outputs = tempfile::tempdir().unwrap();
+    let cases = [
+        (r#""image_mean": [0, 0, 0], "image_std": [0, 0, 0]"#, "is [0.0, 0.0, 0.0], which no picture is divided by"),
+        (r#""image_mean": [NaN, 0, 0], "image_std": [1, 1, 1]"#, "is [NaN, 0.0, 0.0], which no picture is shifted by"),
+        (r#""image_mean": [0, 0, 0], "image_std": [1, 1, 1], "patch_size": 16"#, "patches of 16 pixels"),
+    ];
+    for (at, (settings, why)) in cases.into_iter().enumerate() {
+        let room = model("qwen3_vl_vision");
+        std::fs::write(room.path().join("preprocessor_config.json"), format!("{{{settings}}}")).unwrap();
+        let output = outputs.path().join(format!("{at}.gguf"));
+        alone(&quantize(room.path(), &output, RTN).unwrap(), &output, why);
+    }
+    for (at, (text, why)) in
+        [(r#"{"image_mean": [0.5"#, "not valid JSON"), ("[]", "not a JSON object")].iter().enumerate()
+    {
+        let room = model("qwen3_vl_vision");
+        std::fs::write(room.path().join("preprocessor_config.json"), text).unwrap();
+        let told = |output: String, toml: &str| {
+            let output = outputs.path().join(output);
+            let error = quantize(room.path(), &output, toml).unwrap_err();
+            assert!(matches!(error, quantc::Error::Failed(_)) && !output.exists(), "{error}");
+            error.to_string()
+        };
+        let gguf = told(format!("cut{at}.gguf"), RTN);
+        assert!(gguf.contains(why) && gguf.contains("fetch the file again"), "{gguf}");
+        let folder = told(format!("cut{at}"), "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32");
+        assert_eq!(gguf, folder);
+    }
+}

@@ -230,6 +230,14 @@ impl Said<'_> {
         let values = values.ok_or_else(|| {
             format!("neither preprocessor_config.json nor processor_config.json has an {key} of three numbers")
         })?;
+        // Pictures are divided by what the second says.
+        let usable = |value: &f64| (*value as f32).is_finite() && (key == "image_mean" || *value as f32 > 0.0);
+        if !values.iter().all(usable) {
+            return Err(format!(
+                "the {key} of preprocessor_config.json or processor_config.json is {values:?}, which no picture is {} by; fetch the file again",
+                if key == "image_mean" { "shifted" } else { "divided" }
+            ));
+        }
         array(values.into_iter().map(|value| MetadataValue::F32(value as f32)).collect(), GGUFValueType::F32)
     }
 }
@@ -519,7 +527,16 @@ impl Kind {
         if self.alone {
             return Ok(out);
         }
-        count("patch_size", said.count(&["patch_size"])?);
+        let side = said.count(&["patch_size"])?;
+        count("patch_size", side);
+        let cut = &said.preprocessor["patch_size"];
+        if let Some(cut) = integer(cut).or(integer(&cut["height"])).filter(|cut| *cut != i64::from(side)) {
+            return Err(format!(
+                "pictures are cut into patches of {cut} pixels by the patch_size of preprocessor_config.json or processor_config.json, and {}'s \
+                 is {side}: fetch the files again",
+                said.part
+            ));
+        }
         for key in ["image_mean", "image_std"] {
             out.push((format!("clip.vision.{key}"), said.channels(key)?));
         }
