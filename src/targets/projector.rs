@@ -13,6 +13,7 @@ use crate::graph::{BESIDE, Graph};
 use crate::output::Staging;
 use crate::recipe::{Patterns, Recipe, Said, Towers};
 use crate::report::projector_beside;
+use crate::words::listed;
 
 /// What is to be written of a model, for a language model of this architecture, and what to say of it; neither for one that sees nothing.
 /// `types` are those of its matrices.
@@ -35,10 +36,26 @@ pub fn plan(
             return Ok((Some(found), Some(note.to_owned())));
         }
         Some(Err(why)) => Some(why),
-        None => None,
+        None => undescribed(graph, source),
     };
     let told = |why| format!("the GGUF file holds the language model alone, and no mmproj file is written: {why}");
     Ok((None, why.map(told)))
+}
+
+/// Why nothing is made of what sees or hears that config.json says nothing of; nothing where the checkpoint has nothing of the kind.
+fn undescribed(graph: &Graph, source: &Checkpoint) -> Option<String> {
+    const SENSES: &[&str] = &["vision", "visual", "image", "video", "audio", "speech"];
+    let there = |part: &str| {
+        SENSES.iter().any(|sense| part.contains(sense)) && source.entries().iter().any(|e| e.name.starts_with(part))
+    };
+    let parts = graph.aside.iter().filter(|(part, what)| *what == BESIDE && !part.is_empty() && there(part));
+    let parts: Vec<&str> = parts.map(|(part, _)| part.trim_end_matches('.')).collect();
+    (!parts.is_empty()).then(|| {
+        format!(
+            "config.json says nothing of what sees or hears (vision_config, audio_config), and the weights hold {}; fetch config.json again",
+            listed(&parts)
+        )
+    })
 }
 
 /// The types that a recipe gives the matrices of what sees or hears; what its patterns name counts as matched.

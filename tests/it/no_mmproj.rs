@@ -7,10 +7,10 @@ use quantc::job::{Asked, Job};
 use quantc::progress::Progress;
 use quantc::recipe::Recipe;
 use quantc::report::Report;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::wrappers::{RTN, model, quantize};
+use crate::wrappers::{RTN, model, quantize, set};
 
 /// Fails unless the GGUF file is alone, for this reason.
 fn alone(report: &Report, output: &Path, why: &str) {
@@ -152,4 +152,14 @@ fn odd_settings_for_pictures_get_no_file() {
         let folder = told(format!("cut{at}"), "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32");
         assert_eq!(gguf, folder);
     }
+}
+
+#[test]
+fn a_tower_of_which_config_json_says_nothing_is_told_of() {
+    let (room, outputs) = (model("qwen3_5_vision"), tempfile::tempdir().unwrap());
+    set(&room, "vision_config", Value::Null);
+    let output = outputs.path().join("m.gguf");
+    let report = quantize(room.path(), &output, RTN).unwrap();
+    alone(&report, &output, "config.json says nothing of what sees or hears (vision_config, audio_config)");
+    alone(&report, &output, "the weights hold `model.visual`");
 }
