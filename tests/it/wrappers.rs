@@ -631,6 +631,7 @@ fn what_a_tower_lacks_of_what_its_class_has_is_told() {
         ("gemma3_vision", "multi_modal_projector.mm_soft_emb_norm.weight"),
         ("gemma4_sound", "model.audio_tower.layers.0.norm_out.weight"),
         ("mistral3_vision", "vision_tower.ln_pre.weight"),
+        ("mistral3_vision", "multi_modal_projector.patch_merger.merging_layer.weight"),
         ("smolvlm_vision", "model.vision_model.encoder.layers.0.layer_norm2.bias"),
         ("lfm2_vl_vision", "model.multi_modal_projector.linear_2.weight"),
         ("internvl_vision", "model.vision_tower.embeddings.cls_token"),

@@ -42,6 +42,7 @@ const KINDS: &[&Kind] = &[
     &gemma4::GEMMA4,
     &gemma4::UNIFIED,
     &pixtral::PIXTRAL,
+    &pixtral::MISTRAL3,
     &siglip::IDEFICS3,
     &siglip::LFM2,
     &internvl::INTERNVL,
