@@ -44,7 +44,7 @@ fn a_place_that_is_taken_is_told_before_the_work_and_by_planning() {
     assert_eq!(std::fs::read_dir(outputs.path()).unwrap().count(), 1);
 }
 
-/// Leaves out the last of a tensor's slices along its first extent, or gives it another shape over fewer values.
+/// Gives a tensor another shape, and zeros for values.
 fn reshape(room: &TempDir, name: &str, shape: &[usize]) {
     crate::harness::Model::at(room.path()).weights(|header, data| {
         let values: usize = shape.iter().product();
@@ -54,7 +54,7 @@ fn reshape(room: &TempDir, name: &str, shape: &[usize]) {
         assert_eq!(entry["dtype"], "BF16", "{name}");
         entry["shape"] = json!(shape);
         entry["data_offsets"] = json!([at, at + 2 * values]);
-        // What was there is nobody's now, and no bytes of a file may be so.
+        // All bytes of a file belong to a tensor.
         let mut kept = Vec::new();
         for (_, tensor) in header.iter_mut().filter(|(name, _)| *name != "__metadata__") {
             let [from, to] = [0, 1].map(|end| tensor["data_offsets"][end].as_u64().unwrap() as usize);
