@@ -108,6 +108,7 @@ fn stored(tensor: &Tensor, made: Extents) -> Option<Extents> {
     Some(match (tensor.make, &made[..]) {
         (Make::Whole | Make::PlusOne | Make::Turned | Make::Sides | Make::Places, _) => made,
         (Make::Rows(_, of), [first, rest @ ..]) => [&[first.map(|rows| rows * of)], rest].concat(),
+        (Make::SidesOf(_), [first, rest @ ..]) => [&[first.map(|rows| 3 * rows)], rest].concat(),
         (Make::Frame(_), &[out, channels, height, width]) => vec![out, channels, Some(2), height, width],
         (Make::Pixels, &[out, channels, height, width]) => {
             vec![out, channels.zip(height).zip(width).map(|((channels, height), width)| channels * height * width)]
