@@ -22,6 +22,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let base = Base { norm_offset: 1.0, ..Base::read(config)? };
     let further = config.count_or("num_nextn_predict_layers", 0)?;
     let (own, all) = of_all_layers(config.0, base.layers, further);
+    told_of_all(&own, base.layers, further, all)?;
     let config = &Config(&own);
     let local = sliding(config, all, |_| false)?;
     let window = window_of(config, &local)?;
@@ -98,6 +99,16 @@ fn of_all_layers(settings: &Value, layers: usize, further: usize) -> (Value, usi
         }
     }
     (own, all)
+}
+
+/// Fails for lists that tell neither of the model's layers nor of all.
+fn told_of_all(own: &Value, layers: usize, further: usize, all: usize) -> Result<()> {
+    let lists = LISTS[..2].iter().filter_map(|key| Some((key, own[*key].as_array()?.len())));
+    let Some((key, found)) = { lists }.find(|(_, found)| *found != all) else { return Ok(()) };
+    Err(Error::failed(format!(
+        "config.json: {key} has {found} entries, and num_hidden_layers is {layers} and num_nextn_predict_layers {further}: it must have as many \
+         as the first says, or as both together; take the config.json that belongs to the model"
+    )))
 }
 
 /// Layers with experts, where `moe_layers_enum` names them: a list, or numbers with commas between them.
@@ -223,7 +234,9 @@ mod tests {
             ("swiglu_limits", json!([1.0]), "for each of 3 layers"),
             ("swiglu_limits_shared", json!([1.0, -1.0]), "at least 0"),
             ("rope_theta", json!([1000.0]), "none for layer 1"),
-            ("layer_types", json!(["full_attention"]), "there are 2 layers"),
+            ("layer_types", json!(["full_attention"]), "num_hidden_layers is 2 and num_nextn_predict_layers 1"),
+            ("num_nextn_predict_layers", json!(5), "layer_types has 3 entries, and num_hidden_layers is 2"),
+            ("num_nextn_predict_layers", json!(0), "take the config.json that belongs to the model"),
         ] {
             let told = with(key, value).unwrap_err().to_string();
             assert!(told.contains(key) && told.contains(said), "{key}: {told}");
