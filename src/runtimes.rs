@@ -389,12 +389,30 @@ pub fn unknown_to_mlx(graph: &Graph, source: &Checkpoint, codec: &str, fates: &[
     if codec != "mlx" || !mlx::knows(model_type) || graph.opaque {
         return None;
     }
-    let aside = fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str());
-    let aside: Vec<&str> = aside.filter(|name| !mlx::leaves_out(model_type, name, graph.blocks.len())).collect();
-    let first = aside.first()?;
+    let aside = fates.iter().filter_map(|(name, fate)| match fate {
+        Fate::Aside(reason) if !mlx::leaves_out(model_type, name, graph.blocks.len()) => Some((name, *reason)),
+        _ => None,
+    });
+    let aside: Vec<(&String, &str)> = aside.collect();
+    let (first, _) = aside.first()?;
     let count = aside.len();
+    // What leaves each of them out.
+    let mut flags: Vec<Option<&str>> = Vec::new();
+    for (_, reason) in &aside {
+        let flag = match reason {
+            reason if reason.starts_with(FURTHER) => Some("--mtp drop"),
+            reason => (!graph.aside.iter().any(|(_, what)| what == reason)).then_some("--unknown-tensors drop"),
+        };
+        if !flags.contains(&flag) {
+            flags.push(flag);
+        }
+    }
+    let flags: Option<Vec<&str>> = flags.into_iter().collect();
+    let advice = match flags {
+        Some(flags) => format!("give {} if it is to load the output", flags.join(" and ")),
+        None => "it does not load the output".to_owned(),
+    };
     Some(format!(
-        "mlx-lm refuses files with tensors that its model class does not know, and {count} of these are copied (`{first}`): give \
-         --unknown-tensors drop if it is to load the output"
+        "mlx-lm refuses files with tensors that its model class does not know, and {count} of these are copied (`{first}`): {advice}"
     ))
 }

@@ -305,6 +305,7 @@ pub fn stacks_experts(model_type: &str) -> bool {
 /// Whether its class leaves out a tensor that is no part of the language model, as it loads a file.
 pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
     let begins = |parts: &[&str]| parts.iter().any(|part| name.starts_with(part));
+    let layer = || name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
     match model_type {
         "gemma3" => begins(&["vision_tower.", "multi_modal_projector."]),
         "mistral3" | "llava" => name.contains("vision_tower") || name.contains("multi_modal_projector"),
@@ -312,7 +313,17 @@ pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
         "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" | "qwen3_vl_moe" => {
             begins(&["visual.", "vision_tower.", "model.visual."])
         }
-        "glm4_moe" => begins(&[&format!("model.layers.{layers}.")]),
+        "glm4_moe" => begins(&[&format!("model.layers.{layers}")]),
+        "bailing_hybrid" | "bailing_moe_v3" | "deepseek_v32" | "glm4_moe_lite" | "glm_moe_dsa" | "step3p5" => {
+            layer().is_some_and(|layer| layer >= layers)
+        }
+        // Whichever number is the first behind the model's.
+        "deepseek_v3" | "joyai_llm_flash" | "kimi_k2" => begins(&["model.layers.61"]),
+        "exaone_moe" | "nemotron_h" | "deepseek_v41" => begins(&["mtp."]),
+        "qwen3_5" | "qwen3_5_moe" | "qwen3_next" => name.contains("mtp."),
+        "mimo" => begins(&["model.mtp_layers."]),
+        "kimi_linear" | "longcat_flash" | "mimo_v2_flash" => begins(&["model.mtp"]),
+        "kimi_k3" => begins(&["model.mtp", "mtp"]),
         "ernie4_5_moe" => ["mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm."]
             .iter()
             .any(|part| name.contains(part)),

@@ -193,6 +193,37 @@ fn tensors_that_mlx_lm_does_not_know_are_told() {
     assert!(told.stderr().contains(note), "{}", told.stderr());
 }
 
+/// Most of its classes leave out layers that predict further tokens as they load a file.
+#[test]
+fn layers_for_further_tokens_that_mlx_lm_refuses_are_told() {
+    let room = Room::new();
+    let run = |name: &str, mtp: &str| {
+        let folder = crate::families::checkpoint(name);
+        let path = folder.path().to_str().unwrap();
+        let flags =
+            ["quantize", path, "--format", "mlx", "--method", "rtn", "--verify-text", "none", "--group-size", "32"];
+        let run =
+            room.run(flags.into_iter().chain(["--force", "-o", "out", "--mtp", mtp, "--unknown-tensors", "drop"]));
+        run.succeeds();
+        run.stderr().to_owned()
+    };
+    for (name, refused) in [
+        ("bailing_hybrid_further", false),
+        ("deepseek_v32_further", false),
+        ("mimo_v2_flash_further", false),
+        ("nemotron_h_further", false),
+        ("minimax_m2_further", true),
+        // It leaves out the layer with the number 61.
+        ("deepseek_v3_further", true),
+    ] {
+        let told = run(name, "quantize");
+        assert_eq!(told.contains("give --mtp drop if it is to load the output"), refused, "{name}: {told}");
+        assert_eq!(told.contains("mlx-lm refuses files"), refused, "{name}: {told}");
+        let told = run(name, "drop");
+        assert!(!told.contains("mlx-lm refuses files"), "{name}: {told}");
+    }
+}
+
 /// mlx-lm saves convolutions with their channels last, and folds factors into weights beside them.
 #[test]
 fn what_was_turned_for_mlx_is_refused_and_what_may_be_is_told() {
