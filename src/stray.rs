@@ -10,7 +10,7 @@ use formats::ShardedWriter;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::{graph_of, settings};
-use crate::graph::{DropRule, Graph, Linear, Stored};
+use crate::graph::{DropRule, FURTHER as PREDICTS, Graph, Linear, Stored};
 use crate::mixes::block_number;
 use crate::recipe::UnknownTensors;
 use crate::report::Fate;
@@ -127,6 +127,10 @@ impl<'a> Strays<'a> {
     /// What the family says.
     fn rule(&self, name: &str) -> Option<Fate> {
         let Graph { head, aside, dropped, .. } = self.graph;
+        // What is asked to be left out is so in a model of which all else is aside, too.
+        if let Some(rule) = dropped.iter().filter(|rule| rule.reason == PREDICTS).find(named) {
+            return Some(Fate::Dropped(rule.reason));
+        }
         if head.tied && name == head.linear.weight() {
             return Some(Fate::Tied);
         }

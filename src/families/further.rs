@@ -231,7 +231,8 @@ pub fn uncounted(graph: &Graph, source: &dyn Weights) -> Vec<String> {
         let numbered = |at: usize| parts.get(at).is_some_and(|part| part.parse::<usize>().is_ok());
         let count = parts.iter().position(beside).map(|at| if numbered(at + 1) { at + 2 } else { at + 1 }).or(mark);
         let Some(prefix) = count.map(|count| format!("{}.", parts[..count].join("."))) else { continue };
-        let aside = graph.aside.iter().any(|(prefix, _)| name.starts_with(prefix));
+        // Of a family that is not known everything is aside, which is said by no name.
+        let aside = graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && name.starts_with(prefix));
         let dropped = graph.dropped.iter().any(|rule| name.starts_with(&rule.prefix) && name.ends_with(rule.suffix));
         let counted = known.iter().any(|known| known.starts_with(&prefix));
         if !(aside || dropped || counted || found.contains(&prefix)) {

@@ -51,7 +51,10 @@ pub fn told(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Vec<String> 
         let names: Vec<&str> = prefixes.into_iter().filter(there).map(|prefix| prefix.trim_end_matches('.')).collect();
         (!names.is_empty()).then(|| format!("layers that predict further tokens are {what}: {}", listed(&names)))
     };
+    // Of a family that is not known everything but linears is kept, and these too.
+    let found = if graph.opaque { uncounted(graph, source) } else { Vec::new() };
     let aside = graph.aside.iter().filter(|(_, what)| what.starts_with(FURTHER)).map(|(prefix, _)| &**prefix);
+    let aside = aside.chain(found.iter().map(|prefix| &**prefix));
     let dropped = graph.dropped.iter().filter(|rule| rule.reason == FURTHER).map(|rule| &*rule.prefix);
     let own = graph.of_predictors();
     let kept = own.iter().filter(|_| recipe.mtp == Mtp::Keep).map(|prefix| &**prefix);
@@ -64,8 +67,9 @@ pub fn told(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Vec<String> 
         say(aside.clone().collect(), of_aside),
         say(dropped.collect(), counted),
         say(kept.collect(), "kept as they are"),
+        // How others call theirs is not known.
         missing(source, own.iter().map(|prefix| &**prefix).chain(aside).filter(there))
-            .filter(|_| recipe.gguf.is_none() && recipe.mtp != Mtp::Drop),
+            .filter(|_| recipe.gguf.is_none() && recipe.mtp != Mtp::Drop && !graph.opaque),
     ];
     said.into_iter().flatten().collect()
 }

@@ -507,6 +507,23 @@ fn parts_that_are_not_there_are_not_kept() {
     }
 }
 
+/// Of a family that is not known it is not known what it calls such layers: those that are found are kept, or left out.
+#[test]
+fn layers_of_an_unknown_family_are_not_said_to_be_missing() {
+    let room = Room::new();
+    let folder = checkpoint("deepseek_v32_further");
+    Model::at(folder.path()).config(|config| config["model_type"] = json!("unheard_of"));
+    let path = folder.path().to_str().unwrap();
+    for (mtp, done) in [("quantize", "kept as they are"), ("drop", "left out, and counted no longer in config.json")] {
+        let run = room.run(["quantize", path, "-o", "out", "--force", "--mtp", mtp].iter().chain(&RTN));
+        notes(&run, &[&format!("layers that predict further tokens are {done}: `model.layers.2`")]);
+        silent(&run, "the checkpoint holds");
+        let written = Checkpoint::open(&room.path("out")).unwrap();
+        let there = written.entries().iter().any(|entry| entry.name.starts_with("model.layers.2."));
+        assert_eq!((there, &written.config()["num_nextn_predict_layers"] == 0), (mtp != "drop", mtp == "drop"));
+    }
+}
+
 /// compressed-tensors unpacks NVFP4 to bfloat16, whatever the model is in.
 #[test]
 fn nvfp4_beside_another_type_is_told() {
