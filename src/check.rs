@@ -75,6 +75,7 @@ pub fn check(path: &Path) -> Result<Checked> {
         }
     }
     faults.extend(source.broken_promise());
+    faults.extend(families::graph_of(&source).iter().flat_map(families::not_whole));
     notes.retain(|note| !faults.contains(note));
     faults.extend(plain_of_packed(&source));
     let gives = families::graph_of(&source).ok().map(|graph| Gives::of(&graph, &source));

@@ -122,6 +122,7 @@ pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<St
     let mut notes = strays.notes(found.iter().map(|(name, fate)| (&**name, fate)), true);
     notes.extend(absent);
     notes.extend(families::cannot_run(&graph));
+    notes.extend(families::not_whole(&graph));
     notes.extend(match graph.opaque {
         true => families::check_whole(source)?,
         false => families::check_beside(&graph, source).into_iter().chain(projector::faults(&graph, source)).collect(),

@@ -21,7 +21,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 pub use self::altup::{AltUp, LEAST, Laurel};
 pub use self::compressed::{Compressor, Joint};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
-pub use self::further::{BESIDE, FURTHER, Further, Joining};
+pub use self::further::{BESIDE, FURTHER, Further, Held, Joining, Partial};
 pub use self::grams::{AGREEMENT, GramLayer, Grams};
 pub use self::hyper::{Collapse, Connection, Gated, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};
@@ -52,6 +52,8 @@ pub struct Graph {
     pub dropped: Vec<DropRule>,
     /// Prefixes of tensors that are no part of the language model and go over untouched, with what they are.
     pub aside: Vec<(String, &'static str)>,
+    /// What a checkpoint holds of its layers that predict further tokens.
+    pub held: Held,
     /// Whether the family is unknown: its linears were found by name and shape, and it cannot be run.
     pub opaque: bool,
     /// Why it cannot be run, though all of its parts are known.

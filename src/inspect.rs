@@ -145,6 +145,7 @@ fn missing(checkpoint: &Checkpoint) -> Vec<String> {
         Ok(graph) => {
             let beside =
                 families::check_beside(&graph, checkpoint).into_iter().chain(projector::faults(&graph, checkpoint));
+            let beside = beside.chain(families::not_whole(&graph));
             let cannot = graph.unrunnable;
             let cannot = cannot.map(|why| format!("{why}: it can be quantized without data alone, and not measured"));
             cannot.into_iter().chain(beside).collect()

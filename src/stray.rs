@@ -9,7 +9,7 @@ use formats::ShardedWriter;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::families::{graph_of, settings};
+use crate::families::{graph_of, not_whole, settings};
 use crate::graph::{DropRule, FURTHER as PREDICTS, Graph, Linear, Stored};
 use crate::mixes::block_number;
 use crate::recipe::UnknownTensors;
@@ -127,6 +127,7 @@ impl<'a> Strays<'a> {
     /// What the family says.
     fn rule(&self, name: &str) -> Option<Fate> {
         let Graph { head, aside, dropped, .. } = self.graph;
+        let named = |rule: &&DropRule| name.starts_with(&rule.prefix) && name.ends_with(rule.suffix);
         // What is asked to be left out is so in a model of which all else is aside, too.
         if let Some(rule) = dropped.iter().filter(|rule| rule.reason == PREDICTS).find(named) {
             return Some(Fate::Dropped(rule.reason));
@@ -137,7 +138,6 @@ impl<'a> Strays<'a> {
         if let Some((_, what)) = aside.iter().find(|(prefix, _)| name.starts_with(prefix)) {
             return Some(Fate::Aside(what));
         }
-        let named = |rule: &&DropRule| name.starts_with(&rule.prefix) && name.ends_with(rule.suffix);
         dropped.iter().find(named).map(|rule| Fate::Dropped(rule.reason))
     }
 
@@ -260,7 +260,8 @@ pub fn left_out(source: &Checkpoint) -> Result<Vec<String>> {
         .try_for_each(|entry| strays.fate(&entry.name).map(drop))?;
     let fates: Vec<(&str, Fate)> =
         strays.entries().map(|entry| (&*entry.name, Fate::Dropped(strays.reason(&entry.name)))).collect();
-    Ok(strays.notes(fates.iter().map(|(name, fate)| (*name, fate)), true))
+    let notes = strays.notes(fates.iter().map(|(name, fate)| (*name, fate)), true);
+    Ok([notes, not_whole(&graph)].concat())
 }
 
 /// What may stand in a file in the place of a tensor that is missing.

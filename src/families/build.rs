@@ -7,8 +7,8 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use super::Config;
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Block, Decay, Embedding, Graph, Head, HeadNorms, Keys, Layer, Linear, Mlp, Norm, Projections, Rope,
-    Split, Step,
+    Attention, Block, Decay, Embedding, Graph, Head, HeadNorms, Held, Keys, Layer, Linear, Mlp, Norm, Projections,
+    Rope, Split, Step,
 };
 
 /// Sizes of a decoder, and its names' prefix.
@@ -222,6 +222,7 @@ impl Base {
             head: Head { linear, tied, missing: false, scale: 1.0, softcap: None },
             dropped: super::DROPPED.to_vec(),
             aside: Vec::new(),
+            held: Held::default(),
             opaque: false,
             unrunnable: None,
         })

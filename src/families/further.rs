@@ -3,11 +3,14 @@
 //! transformers leaves most of them out; what they compute is what vLLM, SGLang and llama.cpp make of them.
 
 use super::build::Base;
-use crate::graph::{Block, Collapse, Further, Graph, Joining, Layer, Linear, Lookup, Step};
+use crate::graph::{Block, Collapse, Further, Graph, Joining, Layer, Linear, Lookup, Partial, Step};
 use crate::weights::Weights;
 
 /// What tensors aside are of such a layer of which some are missing.
 const PARTIAL: &str = "predicts further tokens, and is not whole";
+
+/// What they are of a whole one behind it.
+const BEHIND: &str = "predicts further tokens, and comes behind a layer that is not whole";
 
 /// What the parts of such a layer are called besides those of any block, and what it is given.
 pub struct Spelling {
@@ -200,20 +203,63 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
         }
         further.head = further.head.take().filter(|head| source.entry(&head.weight()).is_some());
     }
-    let whole = |block: &Block| {
-        let mut one = Graph { blocks: vec![block.clone()], ..graph.without_blocks() };
-        super::as_stored(&mut one, source);
-        let prefix = &block.further().expect("one of these").prefix;
-        let mut of_it = one.tensors().into_iter().filter(|(name, _)| name.starts_with(prefix));
-        of_it.all(|(name, _)| source.entry(&name).is_some())
+    // Of each what names begin with, and which of its tensors are there and which are missing.
+    let found: Vec<(String, [Vec<Tensor>; 2])> =
+        graph.predictors().iter().map(|block| looked_for(graph, block, source)).collect();
+    let there = |at: usize| {
+        let (prefix, [held, _]) = &found[at];
+        let shared = at > 0 && found[at - 1].0 == *prefix;
+        !held.is_empty() || !shared && source.entries().iter().any(|entry| entry.name.starts_with(prefix))
     };
-    let count = graph.predictors().iter().take_while(|block| whole(block)).count();
-    for block in graph.blocks.split_off(own + count) {
-        let prefix = block.further().expect("one of these").prefix.clone();
-        if source.entries().iter().any(|entry| entry.name.starts_with(&prefix)) {
-            graph.aside.push((prefix, PARTIAL));
+    let whole = found.iter().take_while(|(_, [_, missing])| missing.is_empty()).count();
+    let last = (0..found.len()).rfind(|at| there(*at)).map_or(0, |last| last + 1);
+    graph.held.count = (0..last).filter(|at| there(*at)).count();
+    for (at, (prefix, [held, missing])) in found.iter().enumerate().take(last).skip(whole) {
+        if let Some(tensor) = missing.first() {
+            graph.held.partial.push(Partial {
+                layer: graph.blocks[own + at].name.clone(),
+                tensor: tensor.clone(),
+                others: missing.len() - 1,
+                followed: at + 1 < last,
+            });
+        }
+        let what = if missing.is_empty() { BEHIND } else { PARTIAL };
+        let shared = found[..whole].iter().any(|(other, _)| other == prefix);
+        match shared {
+            true => graph.aside.extend(held.iter().map(|(name, _)| (name.clone(), what))),
+            false => graph.aside.push((prefix.clone(), what)),
         }
     }
+    graph.blocks.truncate(own + whole);
+}
+
+/// A tensor's name and shape.
+type Tensor = (String, Vec<usize>);
+
+/// What the names of such a layer begin with, and of its tensors those that a file holds, and those that it does not.
+fn looked_for(graph: &Graph, block: &Block, source: &dyn Weights) -> (String, [Vec<Tensor>; 2]) {
+    let mut one = Graph { blocks: vec![block.clone()], ..graph.without_blocks() };
+    super::as_stored(&mut one, source);
+    let prefix = block.further().expect("one of these").prefix.clone();
+    let of_it = one.tensors().into_iter().filter(|(name, _)| name.starts_with(&prefix));
+    let (held, missing) = of_it.partition(|(name, _)| source.entry(name).is_some());
+    (prefix, [held, missing])
+}
+
+/// What to say of those that are not whole.
+pub fn not_whole(graph: &Graph) -> Vec<String> {
+    let told = |Partial { layer, tensor: (name, shape), others, followed }: &Partial| {
+        let missing = match others {
+            0 => format!("`{name}` {shape:?} is missing"),
+            others => format!("`{name}` {shape:?} and {others} more of its tensors are missing"),
+        };
+        let behind = if *followed { ", nor those behind it" } else { "" };
+        format!(
+            "`{layer}`, which predicts further tokens, is not whole, and is neither quantized nor measured{behind}: {missing}; download the \
+             weights again, or have it left out (--mtp drop)"
+        )
+    };
+    graph.held.partial.iter().map(told).collect()
 }
 
 /// What stands in the names of such layers and of no others, as one part of them.

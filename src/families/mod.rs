@@ -56,7 +56,7 @@ pub mod tying;
 mod unknown;
 mod whole;
 
-pub use further::{uncounted, without_codes};
+pub use further::{not_whole, uncounted, without_codes};
 pub use labels::Labels;
 pub use linears::{Absent, absent};
 pub use names::{component, names};

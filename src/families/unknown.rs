@@ -10,7 +10,7 @@ use kernels::NormKind;
 use super::names::component;
 use super::renames::Loading;
 use crate::error::{Error, Result};
-use crate::graph::{BESIDE, Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
+use crate::graph::{BESIDE, Block, Embedding, Graph, Head, Held, Layer, Linear, Norm, Step};
 use crate::weights::{Entry, StoredType, Weights};
 
 /// Parts of names of modules in layers that are matrices and no linears to quantize: tables and filters, what chooses, layers that
@@ -166,6 +166,7 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         },
         dropped: super::DROPPED.to_vec(),
         aside,
+        held: Held::default(),
         opaque: true,
         unrunnable: None,
     })

@@ -72,6 +72,28 @@ pub enum Joining {
     },
 }
 
+/// What a checkpoint holds of the layers that predict further tokens and are known, wherever they go.
+#[derive(Clone, Debug, Default)]
+pub struct Held {
+    /// How many it has tensors of.
+    pub count: usize,
+    /// Those of which tensors are missing, which are no part of the model.
+    pub partial: Vec<Partial>,
+}
+
+/// A layer that predicts further tokens, of which tensors are missing.
+#[derive(Clone, Debug)]
+pub struct Partial {
+    /// What it is called.
+    pub layer: String,
+    /// The first tensor that is missing, and its shape.
+    pub tensor: (String, Vec<usize>),
+    /// How many are missing besides.
+    pub others: usize,
+    /// Layers come behind it that are given its states.
+    pub followed: bool,
+}
+
 impl Joining {
     /// The linears, that of the embedding first; each reads an input of its own.
     pub fn linears(&self) -> Vec<&Linear> {
@@ -198,6 +220,7 @@ impl Graph {
             head: self.head.clone(),
             dropped: self.dropped.clone(),
             aside: self.aside.clone(),
+            held: self.held.clone(),
             opaque,
             unrunnable: self.unrunnable.clone(),
         }

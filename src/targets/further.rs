@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::dialect::architectures::Architecture;
-use crate::families::{self, uncounted, without_codes};
+use crate::families::{self, not_whole, uncounted, without_codes};
 use crate::graph::{Block, DropRule, FURTHER, Graph};
 use crate::recipe::{Mtp, Recipe};
 use crate::words::listed;
@@ -71,7 +71,8 @@ pub fn told(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Vec<String> 
         missing(source, own.iter().map(|prefix| &**prefix).chain(aside).filter(there))
             .filter(|_| recipe.gguf.is_none() && recipe.mtp != Mtp::Drop && !graph.opaque),
     ];
-    said.into_iter().flatten().collect()
+    let lacking = if recipe.mtp == Mtp::Drop { Vec::new() } else { not_whole(graph) };
+    said.into_iter().flatten().chain(lacking).collect()
 }
 
 /// What to say where config.json counts more such layers than are there, whose names begin so.

@@ -16,6 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::families::checkpoint;
+use crate::harness::Model;
 
 /// One for each way in which such layers are called and made.
 const NAMES: &[&str] = &[
@@ -305,34 +306,82 @@ fn a_gguf_file_of_an_architecture_without_them_has_none() {
     }
 }
 
+/// What is said of a model by checking it, by looking into it and by measuring it.
+fn said_elsewhere(path: &Path) -> [Vec<String>; 3] {
+    let inspected = quantc::inspect::inspect(&Checkpoint::open(path).unwrap());
+    let left_out = quantc::stray::left_out(&Checkpoint::open(path).unwrap()).unwrap();
+    [quantc::check::check(path).unwrap().faults, inspected.notes, left_out]
+}
+
 /// A checkpoint may have lost some tensors of such a layer, as where someone saved part of it.
 #[test]
-fn a_layer_that_is_not_whole_is_no_part_of_the_model() {
-    let room = model("qwen3_5_text_further");
-    let path = room.path().join("model.safetensors");
-    let file = formats::SafetensorsFile::open(&path).unwrap();
-    let left: Vec<_> = file.tensors().filter(|tensor| tensor.name != "mtp.norm.weight").cloned().collect();
-    let bytes: Vec<Vec<u8>> = left.iter().map(|spec| file.get(&spec.name).unwrap().data.to_vec()).collect();
-    let specs = left.iter().map(|spec| formats::TensorSpec {
-        name: spec.name.clone(),
-        dtype: spec.dtype,
-        shape: spec.shape.clone(),
-    });
-    let again = tempfile::tempdir().unwrap();
-    let writer = formats::ShardedWriter::create(again.path(), specs.collect(), u64::MAX, &Default::default()).unwrap();
-    left.iter().zip(&bytes).for_each(|(spec, bytes)| writer.write(&spec.name, bytes).unwrap());
-    writer.finish().unwrap();
-    for name in ["config.json", "tokenizer.json", "text.txt"] {
-        std::fs::copy(room.path().join(name), again.path().join(name)).unwrap();
+fn a_layer_that_is_not_whole_is_told_and_stays_as_it_is() {
+    for (name, layer, lost) in [
+        ("qwen3_5_text_further", "mtp.layers.0", &["mtp.norm.weight [64]"][..]),
+        ("deepseek_v3_further", "model.layers.2", &["model.layers.2.eh_proj.weight [64, 128]"]),
+        ("nemotron_h_further", "mtp", &["mtp.layers.0.eh_proj.weight [64, 128]", "mtp.layers.1.norm.weight [64]"]),
+        ("qwen4_exp_text_further", "mtp.layers.0", &["mtp.fc_hidden.weight [64, 64]"]),
+    ] {
+        let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
+        let sound = said_elsewhere(room.path());
+        let names: Vec<&str> = lost.iter().map(|lost| lost.split_once(' ').unwrap().0).collect();
+        Model::at(room.path()).keep_tensors(|name| !names.contains(&name));
+        let (first, shape) = lost[0].split_once(' ').unwrap();
+        let tells = |note: &String| {
+            let more = lost.len() == 1 || note.contains("and 1 more of its tensors are missing");
+            note.starts_with(&format!("`{layer}`, which")) && note.contains(&format!("`{first}` {shape}")) && more
+        };
+        for (said, before) in said_elsewhere(room.path()).iter().zip(&sound) {
+            assert!(said.iter().any(tells) && !before.iter().any(tells), "{name}: {said:?}");
+        }
+        let prefix = if layer == "mtp.layers.0" { "mtp." } else { layer };
+        for mtp in ["quantize", "keep", "drop"] {
+            let report = quantize(room.path(), &outputs.path().join(mtp), &format!("{PLAIN}\nmtp = '{mtp}'"));
+            let of_it: Vec<&Fate> =
+                report.tensors.iter().filter(|one| one.name.starts_with(prefix)).map(|one| &one.fate).collect();
+            let fits = |fate: &&Fate| match mtp {
+                "drop" => matches!(fate, Fate::Dropped(_)),
+                _ => matches!(fate, Fate::Aside("predicts further tokens, and is not whole")),
+            };
+            assert!(!of_it.is_empty() && of_it.iter().all(fits), "{name}, {mtp}: {of_it:?}");
+            assert_eq!(
+                report.notes.iter().filter(|note| tells(note)).count(),
+                usize::from(mtp != "drop"),
+                "{name}, {mtp}"
+            );
+            assert!(report.notes.iter().all(|note| !note.contains("checkpoint holds")), "{name}: {:?}", report.notes);
+            assert!(report.linears.iter().all(|linear| !linear.name.starts_with(prefix)), "{name}");
+            assert!(report.quality.unwrap().further.is_empty());
+        }
     }
-    let outputs = tempfile::tempdir().unwrap();
-    let output = outputs.path().join("out");
-    let report = quantize(again.path(), &output, "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32");
-    let of_it: Vec<&Fate> =
-        report.tensors.iter().filter(|one| one.name.starts_with("mtp.")).map(|one| &one.fate).collect();
-    let aside = |fate: &&Fate| matches!(fate, Fate::Aside("predicts further tokens, and is not whole"));
-    assert!(!of_it.is_empty() && of_it.iter().all(aside), "{of_it:?}");
-    assert!(report.quality.unwrap().further.is_empty());
+}
+
+/// Each is given the states of the one before it.
+#[test]
+fn those_before_one_that_is_not_whole_are_quantized() {
+    for (name, prefixes, lost) in [
+        ("deepseek_v3_two", ["model.layers.2.", "model.layers.3."], "eh_proj.weight"),
+        ("deepseek_v4_further", ["mtp.0.", "mtp.1."], "e_proj.weight"),
+    ] {
+        for (damaged, [first, second]) in
+            [(0, ["and is not whole", "and comes behind a layer that is not whole"]), (1, ["", "and is not whole"])]
+        {
+            let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
+            let tensor = format!("{}{lost}", prefixes[damaged]);
+            Model::at(room.path()).keep_tensors(|name| name != tensor);
+            let report = quantize(room.path(), &outputs.path().join("out"), PLAIN);
+            let note = report.notes.iter().find(|note| note.contains(&format!("`{tensor}`"))).unwrap();
+            assert_eq!(note.contains("nor those behind it"), damaged == 0, "{note}");
+            for (prefix, said) in prefixes.iter().zip([first, second]) {
+                let linears = report.linears.iter().filter(|linear| linear.name.starts_with(prefix)).count();
+                assert_eq!(linears > 0, said.is_empty(), "{name}, {damaged}: {prefix}");
+                let mut aside = report.tensors.iter().filter(|one| one.name.starts_with(prefix));
+                let fits = |fate: &Fate| matches!(fate, Fate::Aside(what) if what.ends_with(said));
+                assert!(said.is_empty() || aside.all(|one| fits(&one.fate)), "{name}, {damaged}: {prefix}");
+            }
+            assert_eq!(report.quality.unwrap().further.len(), damaged, "{name}");
+        }
+    }
 }
 
 /// What is only rounded.

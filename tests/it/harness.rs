@@ -138,9 +138,14 @@ impl Model {
     /// Leaves out all layers from this one on.
     pub fn keep_layers(&self, count: usize) {
         self.config(|config| config["num_hidden_layers"] = count.into());
+        let layer = |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+        self.keep_tensors(|name| layer(name).is_none_or(|layer| layer < count));
+    }
+
+    /// Leaves out all other tensors than these.
+    pub fn keep_tensors(&self, keep: impl Fn(&str) -> bool) {
         self.weights(|header, data| {
-            let layer = |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
-            header.retain(|name, _| layer(name).is_none_or(|layer| layer < count));
+            header.retain(|name, _| keep(name));
             let mut kept = Vec::new();
             for (_, tensor) in header.iter_mut().filter(|(name, _)| *name != "__metadata__") {
                 let [from, to] = [0, 1].map(|end| tensor["data_offsets"][end].as_u64().unwrap() as usize);
