@@ -66,12 +66,14 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
     if second {
         // Of one layer it is known what it sees; several share what comes before and behind them, and may be one.
         let sees = config.list("mtp_layer_types")?.and_then(|types| types.first()?.as_str());
-        match (config.count_or("num_nextn_predict_layers", 1)?, sees) {
-            (1, Some(sees @ ("sliding_attention" | "full_attention"))) => {
-                let last = block("mtp.layers.0".to_owned(), sees == "sliding_attention", false)?;
-                further::append(&mut graph, &base, &further::QWEN, last);
-            }
-            _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+        let sees = sees.filter(|sees| ["sliding_attention", "full_attention"].contains(sees));
+        let further = config.count_or("num_nextn_predict_layers", 1)?;
+        if let Some(sees) = sees.filter(|_| further > 0) {
+            let last = block("mtp.layers.0".to_owned(), sees == "sliding_attention", false)?;
+            further::append(&mut graph, &base, &further::QWEN, last);
+        }
+        if further != 1 || sees.is_none() {
+            graph.aside.push(("mtp.".to_owned(), FURTHER));
         }
     }
     Ok(graph)

@@ -2,7 +2,10 @@
 //!
 //! transformers leaves most of them out; what they compute is what vLLM, SGLang and llama.cpp make of them.
 
+use std::collections::HashSet;
+
 use super::build::Base;
+use super::unknown::block as numbered;
 use crate::graph::{Block, Collapse, Further, Graph, Joining, Layer, Linear, Lookup, Partial, Step};
 use crate::weights::Weights;
 
@@ -203,6 +206,7 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
         }
         further.head = further.head.take().filter(|head| source.entry(&head.weight()).is_some());
     }
+    one_of_several(graph, source);
     // Of each what names begin with, and which of its tensors are there and which are missing.
     let found: Vec<(String, [Vec<Tensor>; 2])> =
         graph.predictors().iter().map(|block| looked_for(graph, block, source)).collect();
@@ -246,6 +250,20 @@ fn looked_for(graph: &Graph, block: &Block, source: &dyn Weights) -> (String, [V
     (prefix, [held, missing])
 }
 
+/// Where config.json counts several that would share what comes before and behind them, what the names of all begin with is aside, too: they
+/// are not known, and stay there, unless the file holds no more than the one that is built.
+fn one_of_several(graph: &mut Graph, source: &dyn Weights) {
+    let is_aside = |prefix: &String| graph.aside.iter().any(|(aside, _)| aside == prefix);
+    let Some(prefix) = graph.of_predictors().into_iter().find(is_aside) else { return };
+    let tensors = graph.tensors();
+    let own: HashSet<&str> = tensors.iter().filter_map(|(name, _)| numbered(name)).collect();
+    let of_it = source.entries().iter().filter(|entry| entry.name.starts_with(&prefix));
+    match { of_it }.any(|entry| numbered(&entry.name).is_some_and(|layer| !own.contains(layer))) {
+        true => *graph = graph.without_predictors(),
+        false => graph.aside.retain(|(aside, _)| *aside != prefix),
+    }
+}
+
 /// What to say of those that are not whole.
 pub fn not_whole(graph: &Graph) -> Vec<String> {
     let told = |Partial { layer, tensor: (name, shape), others, followed }: &Partial| {
@@ -274,8 +292,8 @@ pub fn uncounted(graph: &Graph, source: &dyn Weights) -> Vec<String> {
         let mark = parts.iter().position(|part| MARKS.contains(part)).filter(|at| *at > 0);
         let beside = |part: &&str| *part == "mtp" || part.starts_with("mtp_") || *part == "nextn";
         // With its number, where it has one.
-        let numbered = |at: usize| parts.get(at).is_some_and(|part| part.parse::<usize>().is_ok());
-        let count = parts.iter().position(beside).map(|at| if numbered(at + 1) { at + 2 } else { at + 1 }).or(mark);
+        let is_number = |at: usize| parts.get(at).is_some_and(|part| part.parse::<usize>().is_ok());
+        let count = parts.iter().position(beside).map(|at| if is_number(at + 1) { at + 2 } else { at + 1 }).or(mark);
         let Some(prefix) = count.map(|count| format!("{}.", parts[..count].join("."))) else { continue };
         // Of a family that is not known everything is aside, which is said by no name.
         let aside = graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && name.starts_with(prefix));
@@ -330,13 +348,11 @@ mod tests {
             "ssm_state_size": 8, "conv_kernel": 4,
         });
         assert_eq!(found(&nemotron), (1, Vec::new()));
-        for other in [
-            json!({"mtp_hybrid_override_pattern": "*"}),
-            json!({"mtp_layers_block_type": ["moe"]}),
-            json!({"num_nextn_predict_layers": 2}),
-        ] {
+        for other in [json!({"mtp_hybrid_override_pattern": "*"}), json!({"mtp_layers_block_type": ["moe"]})] {
             assert_eq!(found(&with(&nemotron, other)), (0, vec!["mtp.".to_owned()]));
         }
+        // Of several the file tells whether it holds more than one.
+        assert_eq!(found(&with(&nemotron, json!({"num_nextn_predict_layers": 2}))), (1, vec!["mtp.".to_owned()]));
         let ernie = json!({
             "model_type": "ernie4_5_moe", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 2, "moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8, "num_nextn_predict_layers": 1,

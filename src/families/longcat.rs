@@ -65,18 +65,20 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Ok(block(at, steps))
     })?;
     let mut graph = base.graph(config, "longcat_flash", blocks)?;
-    match config.count_or("num_nextn_predict_layers", 1)? {
+    let further = config.count_or("num_nextn_predict_layers", 1)?;
+    if further > 0 {
         // Latent attention and a feed-forward layer, one of each.
-        1 => {
-            let at = "model.mtp.layers.0";
-            let after = base.gated(&format!("{at}.transformer_layer.mlp"), inner, act, false);
-            let steps = vec![
-                pre(base.norm(&format!("{at}.input_layernorm")), attention(&format!("{at}.self_attn"))),
-                pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(after)),
-            ];
-            further::append(&mut graph, &base, &further::LONGCAT, block(at.to_owned(), steps));
-        }
-        _ => graph.aside.push(("model.mtp.".to_owned(), FURTHER)),
+        let at = "model.mtp.layers.0";
+        let after = base.gated(&format!("{at}.transformer_layer.mlp"), inner, act, false);
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), attention(&format!("{at}.self_attn"))),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(after)),
+        ];
+        further::append(&mut graph, &base, &further::LONGCAT, block(at.to_owned(), steps));
+    }
+    if further != 1 {
+        // Several would share what comes before and behind them.
+        graph.aside.push(("model.mtp.".to_owned(), FURTHER));
     }
     // As transformers saves them, in the place of which it computes nothing.
     let idle = (0..base.layers).flat_map(|layer| (experts..all).map(move |expert| (layer, expert)));

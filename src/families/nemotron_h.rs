@@ -75,12 +75,14 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     };
     let blocks = base.each(|layer| Ok(block(base.at(layer), vec![step(&base.at(layer), kinds[layer])?])))?;
     let mut graph = base.graph(config, "nemotron_h", blocks)?;
-    match config.count_or("num_nextn_predict_layers", 0)? {
-        1 if predicts_usually(config)? => {
-            let steps = vec![step("mtp.layers.0", Kind::Attention)?, step("mtp.layers.1", Kind::Experts)?];
-            further::append(&mut graph, &base, &further::NEMOTRON, block("mtp".to_owned(), steps));
-        }
-        _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+    let further = config.count_or("num_nextn_predict_layers", 0)?;
+    let usual = further > 0 && predicts_usually(config)?;
+    if usual {
+        let steps = vec![step("mtp.layers.0", Kind::Attention)?, step("mtp.layers.1", Kind::Experts)?];
+        further::append(&mut graph, &base, &further::NEMOTRON, block("mtp".to_owned(), steps));
+    }
+    if further != 1 || !usual {
+        graph.aside.push(("mtp.".to_owned(), FURTHER));
     }
     Ok(graph)
 }

@@ -96,14 +96,15 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let what = "what rows of a table are found by, which follows from config.json";
         graph.aside.extend(["layer_multipliers", "ngram_heads_"].map(|name| (format!("{said}.{name}"), what)));
     }
-    match further_layers(config)? {
-        1 => {
-            let ending = Collapse::Gated(Box::new(gated("mtp.hyper_connection_mixer", false)));
-            let block = layer("mtp.layers.0".to_owned(), base.layers, false)?;
-            further::append_with(&mut graph, &base, &further::QWEN4, block, Some(ending));
-        }
+    let further = further_layers(config)?;
+    if further > 0 {
+        let ending = Collapse::Gated(Box::new(gated("mtp.hyper_connection_mixer", false)));
+        let block = layer("mtp.layers.0".to_owned(), base.layers, false)?;
+        further::append_with(&mut graph, &base, &further::QWEN4, block, Some(ending));
+    }
+    if further != 1 {
         // Several would share what comes before and behind them.
-        _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+        graph.aside.push(("mtp.".to_owned(), FURTHER));
     }
     Ok(graph)
 }

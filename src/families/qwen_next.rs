@@ -75,14 +75,15 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         Ok(Block { name: at, steps, parallel: false, scale: None, altup: None })
     })?;
     let mut graph = base.graph(config, kind.family(), blocks)?;
-    match further_layers(config)? {
-        1 => {
-            let at = "mtp.layers.0".to_owned();
-            let after = feed_forward(&at, 0);
-            further::append(&mut graph, &base, &further::QWEN, full(at, after));
-        }
+    let further = further_layers(config)?;
+    if further > 0 {
+        let at = "mtp.layers.0".to_owned();
+        let after = feed_forward(&at, 0);
+        further::append(&mut graph, &base, &further::QWEN, full(at, after));
+    }
+    if further != 1 {
         // Several would share what comes before and behind them.
-        _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+        graph.aside.push(("mtp.".to_owned(), FURTHER));
     }
     Ok(graph)
 }

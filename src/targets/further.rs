@@ -68,7 +68,7 @@ pub fn told(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Vec<String> 
         say(dropped.collect(), counted),
         say(kept.collect(), "kept as they are"),
         // How others call theirs is not known.
-        missing(source, own.iter().map(|prefix| &**prefix).chain(aside).filter(there))
+        missing(graph, source, own.iter().map(|prefix| &**prefix).chain(aside).filter(there))
             .filter(|_| recipe.gguf.is_none() && recipe.mtp != Mtp::Drop && !graph.opaque),
     ];
     let lacking = if recipe.mtp == Mtp::Drop { Vec::new() } else { not_whole(graph) };
@@ -76,7 +76,7 @@ pub fn told(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Vec<String> 
 }
 
 /// What to say where config.json counts more such layers than are there, whose names begin so.
-fn missing<'p>(source: &Checkpoint, there: impl Iterator<Item = &'p str>) -> Option<String> {
+fn missing<'p>(graph: &Graph, source: &Checkpoint, there: impl Iterator<Item = &'p str>) -> Option<String> {
     let settings = [Some(source.config()), source.config().get("text_config")];
     let counts = settings
         .into_iter()
@@ -84,11 +84,13 @@ fn missing<'p>(source: &Checkpoint, there: impl Iterator<Item = &'p str>) -> Opt
         .flat_map(|settings| COUNTS.iter().filter_map(|key| Some((*key, settings.get(*key)?.as_u64()?))));
     let (key, count) = counts.max_by_key(|(_, count)| *count)?;
     let there: Vec<&str> = there.collect();
-    // What is not numbered may be several.
+    // What is not numbered may be several, and is known where it was looked through.
     let numbered = |prefix: &&str| prefix.trim_end_matches('.').ends_with(|c: char| c.is_ascii_digit());
-    let known = there.iter().all(numbered) && count > there.len() as u64;
-    known.then(|| {
-        let held = match there.len() {
+    let all = there.iter().all(numbered);
+    let held = if all { there.len() } else { graph.held.count };
+    let known = all || held > 0;
+    (known && count > held as u64).then(|| {
+        let held = match held {
             0 => "none".to_owned(),
             held => format!("{held} of them"),
         };

@@ -384,6 +384,47 @@ fn those_before_one_that_is_not_whole_are_quantized() {
     }
 }
 
+/// config.json counts two, and would have them share what comes before and behind them: the file has the word.
+#[test]
+fn one_that_is_counted_twice_is_quantized() {
+    for (name, prefix) in [
+        ("qwen3_5_moe_text_further", "mtp.layers."),
+        ("qwen4_exp_text_further", "mtp.layers."),
+        ("nemotron_h_further", "mtp.layers."),
+        ("exaone_moe_further", "mtp.layers."),
+        ("longcat_flash_further", "model.mtp.layers."),
+    ] {
+        let (room, outputs) = (counting(name, 2), tempfile::tempdir().unwrap());
+        let made = |mtp: &str| quantize(room.path(), &outputs.path().join(mtp), &format!("{PLAIN}\nmtp = '{mtp}'"));
+        let quantized = |report: &Report| report.linears.iter().any(|linear| linear.name.starts_with(prefix));
+        for mtp in ["quantize", "keep"] {
+            let report = made(mtp);
+            assert_eq!(quantized(&report), mtp == "quantize" && name != "longcat_flash_further", "{name}");
+            let told = report.notes.iter().any(|note| note.contains("and the checkpoint holds 1 of them"));
+            assert!(told, "{name}, {mtp}: {:?}", report.notes);
+            assert_eq!(report.quality.unwrap().further.len(), 1, "{name}");
+        }
+        // Of several it is not known whether they share that.
+        Model::at(room.path()).weights(|header, data| {
+            let begin = data.len();
+            data.extend([0; 8]);
+            let second = serde_json::json!({"dtype": "F32", "shape": [2], "data_offsets": [begin, begin + 8]});
+            header.insert(format!("{prefix}7.input_layernorm.weight"), second);
+        });
+        let report = quantize(room.path(), &outputs.path().join("two"), PLAIN);
+        let kept = format!("are kept as they are: `{}`", prefix.trim_end_matches(".layers."));
+        assert!(
+            !quantized(&report) && report.notes.iter().any(|note| note.ends_with(&kept)),
+            "{name}: {:?}",
+            report.notes
+        );
+        assert!(report.quality.unwrap().further.is_empty(), "{name}");
+    }
+    let (room, outputs) = (counting("nemotron_h_further", 2), tempfile::tempdir().unwrap());
+    let report = gguf(room.path(), &outputs.path().join("m.gguf"), "scheme = 'Q8_0'\nmethod = 'rtn'");
+    assert_eq!(report.quality.unwrap().further.len(), 1);
+}
+
 /// What is only rounded.
 const PLAIN: &str = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32";
 
@@ -409,7 +450,8 @@ fn a_layer_of_which_runtimes_load_no_codes_stays_as_it_is() {
 fn counting(name: &str, count: usize) -> TempDir {
     let room = model(name);
     let mut config = config(room.path());
-    config["num_nextn_predict_layers"] = count.into();
+    let key = ["mtp_num_hidden_layers", "num_nextn_predict_layers"].into_iter().find(|key| config.get(key).is_some());
+    config[key.unwrap_or("num_nextn_predict_layers")] = count.into();
     std::fs::write(room.path().join("config.json"), config.to_string()).unwrap();
     room
 }
