@@ -395,6 +395,9 @@ fn a_modules_json_that_is_no_list_is_told() {
     room.file("model/modules.json", "{}");
     for output in ["out", "out.gguf"] {
         let groups = if output == "out" { "--group-size 32" } else { "--scheme Q8_0" };
+        if output != "out" {
+            crate::gguf_families::spell(&room.path("model"));
+        }
         let words = format!("quantize model -o {output} --method rtn --verify-text none {groups}");
         let run = room.run(words.split_whitespace());
         run.succeeds();

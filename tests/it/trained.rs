@@ -59,7 +59,6 @@ fn scale_and_code_of_every_weight_are_recovered() {
         "scheme = 'W4A16_ASYM'\ngroup_size = 32\nmethod = 'awq'",
         "scheme = 'W8A16'\ngroup_size = 32\nmethod = 'awq+gptq'",
         "format = 'gptq'\ngroup_size = 32",
-        "format = 'mlx'\ngroup_size = 32",
         "format = 'gguf'\nscheme = 'Q4_0'\nmethod = 'rtn'",
         "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'",
         "format = 'gguf'\nscheme = 'Q4_0'\nmethod = 'gptq'",

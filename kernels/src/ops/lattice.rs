@@ -39,8 +39,7 @@ pub struct Recovered {
 
 /// The grid that `spec` describes and on which all of `weight` `[rows, cols]` lies, if there is one.
 ///
-/// A real minimum that is taken off has to be a whole number of scales. Encodings that divide the scale of a group further, or scale the whole matrix,
-/// are not looked into.
+/// Encodings that divide the scale of a group further, or take off a real minimum, or scale the whole matrix, are not looked into.
 ///
 /// # Panics
 /// If `spec` is of another number of columns: a mistake of the caller.
@@ -53,7 +52,7 @@ pub fn recover(weight: ArrayView2<f32>, spec: &GridSpec) -> Option<Recovered> {
         columns[*group as usize].push(col);
     }
     let exact = AtomicBool::new(true);
-    let of_row = |row: usize| -> Option<Vec<(f32, u8, f32)>> {
+    let of_row = |row: usize| -> Option<Vec<(f32, u8)>> {
         let row = weight.row(row);
         let mut x = Vec::new();
         let group = |columns: &Vec<usize>| {
@@ -63,18 +62,18 @@ pub fn recover(weight: ArrayView2<f32>, spec: &GridSpec) -> Option<Recovered> {
             if !found.exact {
                 exact.store(false, Ordering::Relaxed);
             }
-            Some((found.scale, found.zero, found.min))
+            Some((found.scale, found.zero))
         };
         columns.iter().map(group).collect()
     };
-    let found: Vec<(f32, u8, f32)> = (0..rows).into_par_iter().map(of_row).collect::<Option<Vec<_>>>()?.concat();
+    let found: Vec<(f32, u8)> = (0..rows).into_par_iter().map(of_row).collect::<Option<Vec<_>>>()?.concat();
     let grid = match spec.encoding.is_integers() {
         true => {
-            let (scales, zeros) = found.into_iter().map(|(scale, zero, _)| (scale, zero)).unzip();
+            let (scales, zeros) = found.into_iter().unzip();
             Grid::of_integers(spec.clone(), rows, scales, zeros)
         }
         false => {
-            let block = |(d, _, m)| BlockScales { d, m, ..BlockScales::default() };
+            let block = |(d, _)| BlockScales { d, ..BlockScales::default() };
             Grid::of_blocks(spec.clone(), rows, found.into_iter().map(block).collect())
         }
     };
@@ -91,8 +90,6 @@ struct AllowedLevels {
     moved: Option<[u8; 2]>,
     /// The zero of all groups, where levels are fixed integers.
     fixed: u8,
-    /// The precision of a real minimum in place of a zero, where there is one.
-    min: Option<Float>,
     integers: bool,
     stored: Float,
 }
@@ -101,8 +98,6 @@ struct AllowedLevels {
 struct Found {
     scale: f32,
     zero: u8,
-    /// What is taken off in place of a zero: as many scales.
-    min: f32,
     exact: bool,
 }
 
@@ -110,17 +105,13 @@ impl AllowedLevels {
     fn of(encoding: &Encoding) -> Option<AllowedLevels> {
         let Scale::Own(stored) = encoding.scale else { return None };
         let in_rows = matches!(encoding.block, Block::Row | Block::Columns(_));
-        let min = match (encoding.offset, encoding.levels) {
-            (Offset::Min(stored), Levels::Integer { zero: 0, .. }) => Some(stored),
-            _ => None,
-        };
-        if !in_rows || !encoding.has_codes() || encoding.has_min() && min.is_none() || encoding.global.is_some() {
+        if !in_rows || !encoding.has_codes() || encoding.has_min() || encoding.global.is_some() {
             return None;
         }
         let max = encoding.levels.count().checked_sub(1)?;
         let moved = match encoding.offset {
             Offset::Zero { min } => Some([max as u8, min]),
-            _ => min.map(|_| [max as u8, 0]),
+            _ => None,
         };
         let fixed = match encoding.levels {
             Levels::Integer { zero, .. } => zero,
@@ -139,7 +130,7 @@ impl AllowedLevels {
         by_size.retain(|level| *level != 0.0);
         by_size.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
         by_size.dedup();
-        Some(AllowedLevels { by_size, zero, moved, fixed, min, integers, stored })
+        Some(AllowedLevels { by_size, zero, moved, fixed, integers, stored })
     }
 
     /// The scale and zero of a group, if all of it lies on the grid.
@@ -151,7 +142,7 @@ impl AllowedLevels {
         if largest == 0.0 {
             // Any scale holds a group of zeros; a scale of 0 would make readers divide by it.
             let zero = self.moved.map_or(self.fixed, |[max, min]| (max / 2 + 1).max(min));
-            return self.zero.then(|| Found { scale: self.stored.round(1.0), zero, min: 0.0, exact: true });
+            return self.zero.then(|| Found { scale: self.stored.round(1.0), zero, exact: true });
         }
         // The strictest reading first: values that are products as they stand are no rounded ones.
         [Float::F32, Float::F16, Float::BF16].into_iter().find_map(|of| self.fit_in(x, largest, of))
@@ -186,18 +177,9 @@ impl AllowedLevels {
             if scale == 0.0 || !scale.is_finite() {
                 return None;
             }
-            let zero = self.min.map_or(zero, |stored| self.stored_zero(reach, scale, stored));
-            let min = self.min.map_or(0.0, |stored| stored.round(scale * f32::from(zero)));
-            if !min.is_finite() {
-                return None;
-            }
             let level = |value: f32| self.nearest(f64::from(value) / f64::from(scale));
-            let stands_for = |level: f32| match self.min {
-                None => scale * level,
-                Some(_) => scale * (level + f32::from(zero)) - min,
-            };
-            let held = |value: &f32| level(*value).is_some_and(|level| rounded(stands_for(level), of) == *value);
-            Some(Found { scale, zero, min, exact: x.iter().all(held) })
+            let held = |value: &f32| level(*value).is_some_and(|level| rounded(scale * level, of) == *value);
+            Some(Found { scale, zero, exact: x.iter().all(held) })
         })
     }
 
@@ -209,15 +191,6 @@ impl AllowedLevels {
         let zero = self.zero.then_some(0.0);
         let levels = self.by_size.iter().copied().chain(zero);
         levels.min_by(|a, b| (f64::from(*a) - multiple).abs().total_cmp(&(f64::from(*b) - multiple).abs()))
-    }
-
-    /// Of the zeros under which integers between these are codes the one whose product with the scale the file's precision has, if there is such a
-    /// one; of several the one nearest to the middle.
-    fn stored_zero(&self, [low, high]: [f32; 2], scale: f32, stored: Float) -> u8 {
-        let [max, _] = self.moved.expect("a zero that may move");
-        let lacks = |zero: u8| stored.round(scale * f32::from(zero)) != scale * f32::from(zero);
-        let all = (-low) as u8..=(f32::from(max) - high) as u8;
-        all.min_by_key(|zero| (lacks(*zero), zero.abs_diff(max / 2 + 1))).expect("zero_for found one")
     }
 
     /// The zero under which integers between these are codes.
@@ -309,11 +282,6 @@ mod tests {
                 ([-1, 1], scheme(2, true).encoding(Float::BF16, 0)),
                 ([-8, 7], scheme(8, true).encoding(Float::BF16, 0)),
                 ([-127, 127], scheme(8, true).encoding(Float::BF16, 0)),
-                ([-8, 7], Encoding::mlx(4, 32, Float::BF16)),
-                ([-7, 7], Encoding::mlx(4, 32, Float::F16)),
-                ([0, 15], Encoding::mlx(4, 32, Float::BF16)),
-                ([-4, 11], Encoding::mlx(4, 32, Float::F16)),
-                ([-128, 127], Encoding::mlx(8, 32, Float::BF16)),
             ] {
                 let weight = on_grid(&mut noise, span, Float::BF16, of);
                 let found = recover(weight.view(), &spec(encoding)).unwrap_or_else(|| panic!("{encoding:?} {of:?}"));
