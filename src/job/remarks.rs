@@ -177,13 +177,26 @@ impl TrainedGrid {
         if self.rows.iter().all(held) {
             return None;
         }
+        let behind = |(linear, _): &(Linear, Array2<f32>)| {
+            target
+                .placements(linear)
+                .iter()
+                .any(|placement| placement.encoding.has_min() && placement.encoding.sub().is_none())
+        };
         let Scheme { bits, group, symmetric } = self.scheme;
         let groups = group.map_or("whole rows".to_owned(), |group| format!("groups of {group}"));
         let zeros = if symmetric { "" } else { ", with zeros," };
         let most = if self.all { "the weights" } else { "most of the weights" };
+        // A scale and a minimum may hold the grid, but only if their product is exact, which is not looked for.
+        let why = match self.rows.iter().any(behind) {
+            true => {
+                "stores a minimum beside each scale, behind which no grid is looked for: compressed-tensors or GPTQ with"
+            }
+            false => "cannot hold them as they are: a scheme of",
+        };
         Some(format!(
             "{most} lie on a grid of {bits} bits in {groups}{zeros} already, as after quantization-aware training, and this output \
-             cannot hold them as they are: a scheme of {bits} bits in such groups loses nothing of them"
+             {why} {bits} bits in such groups loses nothing of them"
         ))
     }
 }

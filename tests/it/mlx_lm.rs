@@ -236,7 +236,6 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("step3p7_plain", Told(UNKNOWN)),
     ("step3p7_further", Told(UNKNOWN)),
     ("step3p7_published", Told(UNKNOWN)),
-    ("qwen2_mimo", Told("refuses files with tensors that its model class does not know")),
     ("qwen3_5_moe_text_further", Told(UNKNOWN)),
     ("qwen4_exp_text_bare", Told(UNKNOWN)),
     ("qwen4_exp_text_further", Told(UNKNOWN)),

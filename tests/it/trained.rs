@@ -95,9 +95,13 @@ fn a_grid_that_the_output_cannot_hold_is_told() {
         ("scheme = 'W4A16'\ngroup_size = 64", "wide"),
         ("scheme = 'W3A16'\ngroup_size = 32", "narrow"),
         ("format = 'gguf'\nscheme = 'Q4_K_M'\nmethod = 'rtn'", "superblocks.gguf"),
+        ("format = 'mlx'\ngroup_size = 32\nmethod = 'rtn'", "minimum"),
     ] {
         let report = run(&model, &room.path().join(output), toml);
         assert!(advised(&report), "{toml}: {:?}", report.notes);
+        let behind =
+            report.notes.iter().any(|note| note.contains("compressed-tensors or GPTQ with 4 bits in such groups"));
+        assert_eq!(behind, output == "minimum", "{toml}: {:?}", report.notes);
         assert!(report.linears.iter().all(|l| l.recovered.is_none()), "{toml}");
     }
     let report = run(

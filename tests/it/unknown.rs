@@ -725,7 +725,6 @@ fn what_known_families_keep_whole_is_kept_where_nobody_knows_the_family() {
         "deepseek_v4_further",
         "gemma3n_text_published",
         "lfm2_moe_plain",
-        "minimax_m3_vl_published",
         "nemotron_h_experts",
         "qwen3_5_moe_vision",
         "qwen4_exp_text_further",
