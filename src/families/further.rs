@@ -257,8 +257,8 @@ fn one_of_several(graph: &mut Graph, source: &dyn Weights) {
     let Some(prefix) = graph.of_predictors().into_iter().find(is_aside) else { return };
     let tensors = graph.tensors();
     let own: HashSet<&str> = tensors.iter().filter_map(|(name, _)| numbered(name)).collect();
-    let of_it = source.entries().iter().filter(|entry| entry.name.starts_with(&prefix));
-    match { of_it }.any(|entry| numbered(&entry.name).is_some_and(|layer| !own.contains(layer))) {
+    let mut of_it = source.entries().iter().filter(|entry| entry.name.starts_with(&prefix));
+    match of_it.any(|entry| numbered(&entry.name).is_some_and(|layer| !own.contains(layer))) {
         true => *graph = graph.without_predictors(),
         false => graph.aside.retain(|(aside, _)| *aside != prefix),
     }

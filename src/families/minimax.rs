@@ -1,5 +1,5 @@
-//! MiniMax M2 and M3, with their layers that predict further tokens: experts chosen by sigmoids, norms of all queries and of all keys or of each head, a part of each head rotated; most layers of
-//! M3 see a choice of blocks of tokens.
+//! MiniMax M2 and M3, with their layers that predict further tokens: experts chosen by sigmoids, norms of all queries and of all keys or of each
+//! head, a part of each head rotated; most layers of M3 see a choice of blocks of tokens.
 
 use kernels::{Activation, IndexShape, RopeLayout};
 

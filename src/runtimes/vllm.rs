@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::graph::{Block, FURTHER, Graph, Layer, Linear};
+use crate::graph::{Attention, Block, FURTHER, Graph, Layer, Linear};
 
 /// The layout that vLLM never loads, so that nothing is left out of it for its sake.
 const MLX: &str = "mlx";
@@ -57,7 +57,6 @@ pub(super) fn notes(graph: &Graph, codec: &str) -> Vec<String> {
 /// What vLLM does not load in this layout, and does in others.
 fn of_layout(graph: &Graph, codec: &str) -> Option<String> {
     let part = || graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && !what.starts_with(FURTHER));
-    let mut layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
     let of = |families: &[&str]| families.contains(&graph.family);
     match codec {
         "gptq" if of(UNINDEXED) || of(UNINDEXED_PARTS) && part() => Some(
@@ -69,7 +68,7 @@ fn of_layout(graph: &Graph, codec: &str) -> Option<String> {
              writes them as they are"
                 .to_owned(),
         ),
-        "gptq" | "awq" if layers.any(|layer| matches!(layer, Layer::Grams(_))) => Some(format!(
+        "gptq" | "awq" if layers(graph).any(|layer| matches!(layer, Layer::Grams(_))) => Some(format!(
             "vLLM 0.32 refuses {} for models with tables of tokens in a row, as this one; compressed-tensors loads",
             codec.to_uppercase()
         )),
@@ -77,37 +76,89 @@ fn of_layout(graph: &Graph, codec: &str) -> Option<String> {
     }
 }
 
-/// Linears of which vLLM reads no codes, by module: queries, keys and values that are one matrix with what is written and what decays where
-/// each channel decays by itself, and what ends the attention of MiMo's layers for further tokens; all linears of attention, linear and
-/// other, of GLM 5 Next; and queries, keys and values of MiniMax M3, which are one matrix with those of an indexer, where layers have one. It
-/// looks for those of M3's layers for further tokens under the numbers of the model's own, so that all layers are alike. In GPTQ and AWQ also Qwen 3.5's
-/// layers for further tokens, since it takes all of them for plain where a part is left out, and in GPTQ the Mamba layers of Granite, which it calls otherwise
-/// than the file.
+/// Linears of which vLLM reads no codes.
+struct Whole {
+    /// In which families; in all of them, where none is named.
+    families: &'static [&'static str],
+    /// In which layouts; in all but MLX's, where none is named.
+    codecs: &'static [&'static str],
+    /// Which of a model.
+    of: fn(&Graph) -> Vec<&Linear>,
+}
+
+/// All of them; a model may have linears of several.
+const WHOLE: &[Whole] = &[
+    // Queries, keys and values are one matrix with what is written and what decays, where each channel decays by itself.
+    Whole { families: &[], codecs: &[], of: of_channels },
+    // All linears of attention, linear and other.
+    Whole {
+        families: &["glm5_next"],
+        codecs: &[],
+        of: |graph| mixing(graph).into_iter().flatten().flatten().collect(),
+    },
+    // Queries, keys and values are one matrix with those of an indexer, where layers have one. It looks for those of layers for further tokens under
+    // the numbers of the model's own, so that all layers have to be alike.
+    Whole { families: &["minimax_m3"], codecs: &[], of: beside_indexers },
+    // What ends the attention of layers for further tokens.
+    Whole {
+        families: &["mimo_v2_flash"],
+        codecs: &[],
+        of: |graph| drafting(graph).map(|attention| &attention.o).collect(),
+    },
+    // All such layers are taken for plain where a part of one is left out, as the projection is.
+    Whole { families: &["qwen3_5", "qwen3_5_moe"], codecs: &["gptq", "awq"], of: within_predictors },
+    // It calls the layers with a state otherwise than the file does.
+    Whole { families: &["granitemoehybrid"], codecs: &["gptq"], of: of_states },
+];
+
+/// Linears of which vLLM reads no codes in this layout, by module.
 pub(crate) fn whole<'g>(graph: &'g Graph, codec: &str) -> HashSet<&'g str> {
     if codec == MLX {
         return HashSet::new();
     }
-    let layers = || graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
-    let nets = layers().filter_map(|layer| match layer {
+    let named = |names: &[&str], name: &str| names.is_empty() || names.contains(&name);
+    let rules = WHOLE.iter().filter(|rule| named(rule.families, graph.family) && named(rule.codecs, codec));
+    rules.flat_map(|rule| (rule.of)(graph)).map(|linear| &*linear.module).collect()
+}
+
+fn layers(graph: &Graph) -> impl Iterator<Item = &Layer> {
+    graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer)
+}
+
+/// The linears of each layer that mixes tokens by attention or by the delta rule, those of one input together.
+fn mixing(graph: &Graph) -> Vec<Vec<Vec<&Linear>>> {
+    let attention = layers(graph).filter(|layer| matches!(layer, Layer::Attention(_) | Layer::Delta(_)));
+    attention.map(Layer::linears).collect()
+}
+
+fn of_channels(graph: &Graph) -> Vec<&Linear> {
+    let nets = layers(graph).filter_map(|layer| match layer {
         Layer::Delta(delta) if delta.shape.by_channel => delta.inputs.get(..3),
         _ => None,
     });
-    let attention = || layers().filter(|layer| matches!(layer, Layer::Attention(_) | Layer::Delta(_)));
-    let mixing =
-        attention().filter(|_| graph.family == "glm5_next").flat_map(|layer| layer.linears().into_iter().flatten());
-    let indexed = graph.family == "minimax_m3"
-        && graph.blocks.iter().filter_map(Block::attention).any(|one| one.choice.is_some());
-    let beside = attention().filter(|_| indexed).flat_map(|layer| layer.linears().into_iter().take(1).flatten());
-    let predictors = if graph.family == "mimo_v2_flash" { graph.predictors() } else { &[] };
-    let ends = predictors.iter().filter_map(Block::attention).map(|attention| &attention.o);
-    let plain = matches!(codec, "gptq" | "awq") && matches!(graph.family, "qwen3_5" | "qwen3_5_moe");
-    let drafting =
-        graph.predictors().iter().filter(|_| plain).flat_map(Block::linears).filter(|linear| !graph.joins(linear));
-    let granite = codec == "gptq" && graph.family == "granitemoehybrid";
-    let states = layers().filter(|layer| granite && matches!(layer, Layer::Mamba(_)));
-    let states = states.flat_map(|layer| layer.linears().into_iter().flatten());
-    let attending = nets.flatten().chain(ends).chain(mixing).chain(beside);
-    attending.chain(drafting).chain(states).map(|linear| &*linear.module).collect()
+    nets.flatten().collect()
+}
+
+fn beside_indexers(graph: &Graph) -> Vec<&Linear> {
+    let chooses = |attention: &Attention| attention.choice.is_some();
+    match graph.blocks.iter().filter_map(Block::attention).any(chooses) {
+        true => mixing(graph).into_iter().flat_map(|groups| groups.into_iter().take(1).flatten()).collect(),
+        false => Vec::new(),
+    }
+}
+
+/// Attention of layers for further tokens.
+fn drafting(graph: &Graph) -> impl Iterator<Item = &Attention> {
+    graph.predictors().iter().filter_map(Block::attention)
+}
+
+fn within_predictors(graph: &Graph) -> Vec<&Linear> {
+    graph.predictors().iter().flat_map(Block::linears).filter(|linear| !graph.joins(linear)).collect()
+}
+
+fn of_states(graph: &Graph) -> Vec<&Linear> {
+    let states = layers(graph).filter(|layer| matches!(layer, Layer::Mamba(_)));
+    states.flat_map(|layer| layer.linears().into_iter().flatten()).collect()
 }
 
 /// What vLLM calls matrices that it makes of several which stay as they are, where its class does not say of which.
