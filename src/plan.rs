@@ -523,7 +523,7 @@ fn uneven_fused(
         return Ok(Some(format!("{told}; transformers does not")));
     }
     Err(Error::usage(format!(
-        "{told}: give them one scheme, leave all of them out with --ignore, or give --allow-uneven for a file for transformers alone"
+        "{told}; give them one scheme, leave all of them out with --ignore, or give --allow-uneven for a file for transformers alone"
     )))
 }
 
