@@ -75,10 +75,11 @@ pub fn check(path: &Path) -> Result<Checked> {
         }
     }
     faults.extend(source.broken_promise());
-    faults.extend(families::graph_of(&source).iter().flat_map(families::not_whole));
+    let graph = families::graph_of(&source).ok();
+    faults.extend(graph.iter().flat_map(families::not_whole));
     notes.retain(|note| !faults.contains(note));
     faults.extend(plain_of_packed(&source));
-    let gives = families::graph_of(&source).ok().map(|graph| Gives::of(&graph, &source));
+    let gives = graph.map(|graph| Gives::of(&graph, &source));
     faults.extend(gives.iter().filter_map(Gives::fault).map(str::to_owned));
     let tokenizer = source.tokenizer();
     if let Ok(Some(files)) = &tokenizer {

@@ -29,7 +29,7 @@ enum Step {
     Normalize,
     /// By mean and variance.
     Norm {
-        /// Its folder.
+        /// The folder of its files, within the model's.
         path: String,
         weight: Vec<f32>,
         bias: Vec<f32>,
@@ -39,7 +39,7 @@ enum Step {
 /// A linear and what its results are put through.
 #[derive(Clone, Debug, PartialEq)]
 struct Dense {
-    /// Its folder.
+    /// The folder of its files, within the model's.
     path: String,
     weight: Vec<f32>,
     cols: usize,

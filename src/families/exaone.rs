@@ -7,7 +7,7 @@ use super::deepseek::{Chosen, moe};
 use super::rope::rope;
 use super::{Config, Family, further};
 use crate::error::Result;
-use crate::graph::{FURTHER, Graph, Layer};
+use crate::graph::{Graph, Layer};
 
 /// EXAONE 4: norms behind the layers.
 pub const EXAONE4: Family = Family { id: "exaone4", model_types: &["exaone4"], build: |config| build(config, false) };
@@ -72,9 +72,7 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
             let last = block("mtp.layers.0".to_owned(), sees == "sliding_attention", false)?;
             further::append(&mut graph, &base, &further::QWEN, last);
         }
-        if further != 1 || sees.is_none() {
-            graph.aside.push(("mtp.".to_owned(), FURTHER));
-        }
+        further::aside_unless_one(&mut graph, "mtp.", sees.map_or(0, |_| further));
     }
     Ok(graph)
 }

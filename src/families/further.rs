@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use super::build::Base;
 use super::unknown::block as numbered;
-use crate::graph::{Block, Collapse, Further, Graph, Joining, Layer, Linear, Lookup, Partial, Step};
+use crate::graph::{Block, Collapse, FURTHER, Further, Graph, Joining, Layer, Linear, Lookup, Partial, Step};
 use crate::weights::Weights;
 
 /// What tensors aside are of such a layer of which some are missing.
@@ -194,6 +194,15 @@ pub fn append_with(graph: &mut Graph, base: &Base, spelling: &Spelling, mut bloc
     };
     block.steps.insert(0, first);
     graph.blocks.push(block);
+}
+
+/// Puts aside what begins with `prefix`, unless config.json counts one such layer: several would share what comes before and behind them.
+///
+/// [`settle`] takes that back where the file holds no more than the one that is built.
+pub fn aside_unless_one(graph: &mut Graph, prefix: &str, count: usize) {
+    if count != 1 {
+        graph.aside.push((prefix.to_owned(), FURTHER));
+    }
 }
 
 /// Takes the model's embedding and head where a file has no copies of them, and sets those layers aside that it does not hold, or not whole.

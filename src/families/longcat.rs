@@ -9,7 +9,7 @@ use super::moe::router;
 use super::rope::rope;
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{FURTHER, Graph, Layer, Moe, Projections, Step};
+use crate::graph::{Graph, Layer, Moe, Projections, Step};
 
 /// LongCat Flash.
 pub const LONGCAT_FLASH: Family = Family { id: "longcat_flash", model_types: &["longcat_flash"], build };
@@ -76,10 +76,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         ];
         further::append(&mut graph, &base, &further::LONGCAT, block(at.to_owned(), steps));
     }
-    if further != 1 {
-        // Several would share what comes before and behind them.
-        graph.aside.push(("model.mtp.".to_owned(), FURTHER));
-    }
+    further::aside_unless_one(&mut graph, "model.mtp.", further);
     // As transformers saves them, in the place of which it computes nothing.
     let idle = (0..base.layers).flat_map(|layer| (experts..all).map(move |expert| (layer, expert)));
     let idle = idle.map(|(layer, expert)| (format!("{}.mlp.experts.{expert}.", base.at(layer)), "computes nothing"));

@@ -8,7 +8,7 @@ use super::deepseek::{Chosen, moe};
 use super::state_space::Sizes;
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Decay, FURTHER, Graph, Layer, Linear, Mlp, Moe};
+use crate::graph::{Decay, Graph, Layer, Linear, Mlp, Moe};
 use crate::json::shown;
 
 /// Nemotron-H.
@@ -81,9 +81,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let steps = vec![step("mtp.layers.0", Kind::Attention)?, step("mtp.layers.1", Kind::Experts)?];
         further::append(&mut graph, &base, &further::NEMOTRON, block("mtp".to_owned(), steps));
     }
-    if further != 1 || !usual {
-        graph.aside.push(("mtp.".to_owned(), FURTHER));
-    }
+    further::aside_unless_one(&mut graph, "mtp.", if usual { further } else { 0 });
     Ok(graph)
 }
 

@@ -11,8 +11,8 @@ use super::rope::rope;
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Choice, Collapse, Connection, Convolution, FURTHER, Gated, GramLayer, Grams, Graph, Indexer, Layer, Linear, Rope,
-    Split, Step,
+    Choice, Collapse, Connection, Convolution, Gated, GramLayer, Grams, Graph, Indexer, Layer, Linear, Rope, Split,
+    Step,
 };
 use crate::json::integer;
 use crate::weights::Weights;
@@ -102,10 +102,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let block = layer("mtp.layers.0".to_owned(), base.layers, false)?;
         further::append_with(&mut graph, &base, &further::QWEN4, block, Some(ending));
     }
-    if further != 1 {
-        // Several would share what comes before and behind them.
-        graph.aside.push(("mtp.".to_owned(), FURTHER));
-    }
+    further::aside_unless_one(&mut graph, "mtp.", further);
     Ok(graph)
 }
 

@@ -8,7 +8,7 @@ use super::moe::router;
 use super::rope::rope;
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Block, Convolution, DeltaNet, FURTHER, Graph, Layer, Linear, Moe, Norm, Split};
+use crate::graph::{Block, Convolution, DeltaNet, Graph, Layer, Linear, Moe, Norm, Split};
 
 /// Qwen3-Next.
 pub const QWEN3_NEXT: Family =
@@ -81,10 +81,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         let after = feed_forward(&at, 0);
         further::append(&mut graph, &base, &further::QWEN, full(at, after));
     }
-    if further != 1 {
-        // Several would share what comes before and behind them.
-        graph.aside.push(("mtp.".to_owned(), FURTHER));
-    }
+    further::aside_unless_one(&mut graph, "mtp.", further);
     Ok(graph)
 }
 

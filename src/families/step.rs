@@ -103,8 +103,8 @@ fn of_all_layers(settings: &Value, layers: usize, further: usize) -> (Value, usi
 
 /// Fails for lists that tell neither of the model's layers nor of all.
 fn told_of_all(own: &Value, layers: usize, further: usize, all: usize) -> Result<()> {
-    let lists = LISTS[..2].iter().filter_map(|key| Some((key, own[*key].as_array()?.len())));
-    let Some((key, found)) = { lists }.find(|(_, found)| *found != all) else { return Ok(()) };
+    let mut lists = LISTS[..2].iter().filter_map(|key| Some((key, own[*key].as_array()?.len())));
+    let Some((key, found)) = lists.find(|(_, found)| *found != all) else { return Ok(()) };
     Err(Error::failed(format!(
         "config.json: {key} has {found} entries, and num_hidden_layers is {layers} and num_nextn_predict_layers {further}: it must have as many \
          as the first says, or as both together; take the config.json that belongs to the model"

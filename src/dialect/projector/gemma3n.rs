@@ -69,7 +69,7 @@ const WITHIN: &[Rule] = &[
     },
 ];
 
-/// Gemma 3n.
+/// Gemma 3n with a vision tower of MobileNetV5-300M's kind; others have no place in llama.cpp.
 pub(super) const GEMMA3N: Kind = Kind {
     id: "gemma3nv",
     model_types: &["gemma3n"],

@@ -382,7 +382,7 @@ impl Faults {
         lacks(&self.missing).into_iter().chain(self.shapes()).collect()
     }
 
-    /// The first few.
+    /// What to say of the first three shapes that are wrong, and how many more are; nothing where all are right.
     fn shapes(&self) -> Option<String> {
         let first = self.shapes.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
         match self.shapes.len() {
